@@ -1,0 +1,392 @@
+"""Sampling and verification of draft tokens in plain torch: the oracle for the fused kernels, and the CPU sampler.
+
+Read this first. p is the target's distribution and q the draft's, both softmax(logits / T) (arXiv:2606.12370, Eq. 2):
+
+1. A draft token y ~ q is accepted with probability min(1, p(y) / q(y)).
+2. The first rejected position gets a token from the residual max(0, p - q), renormalised (the recovered token).
+3. If all drafts are accepted, one more token is drawn from p of the last row (the bonus token).
+
+The tokens that come out are distributed exactly as if drawn from p one by one. Three choices differ from the textbook;
+none of them changes the law, and each saves the kernels a pass over the vocabulary or a random number per entry:
+
+- A draw first picks a sub-block of SUB_BLOCK logits by its total weight S_j, then a token inside it:
+  P(j) P(v | j) = (S_j / S) (e^z_v / S_j) = e^z_v / S. Both picks are Gumbel-max.
+- The residual is first tried by thinning: draw x ~ p and keep it with probability 1 - min(1, q(x) / p(x)). A kept draw
+  has the weight p(x) - min(p(x), q(x)) = max(0, p(x) - q(x)). Only if NUM_THINNING_ROUNDS draws are all dropped is
+  max(0, p - q) computed over the vocabulary.
+- Random numbers are named by (seed, absolute position, purpose), see `philox`.
+
+A point mass is a row like any other, with one finite score: T < GREEDY_TEMPERATURE puts all of p on the argmax; a
+one-hot draft (greedy or n-gram) puts all of q on y, which turns 1 and 2 into target-only acceptance (Eq. 1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_bebop.kernels.philox import Stream, gumbel, uniform
+
+SUB_BLOCK = 512
+NUM_THINNING_ROUNDS = 8
+GREEDY_TEMPERATURE = 1e-5
+MAX_SCORE = 1e30
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class DraftSample:
+    """One token per request, drawn from q = softmax(logits / T). Floats are in the compute dtype."""
+
+    token_ids: Tensor  # [B] int64
+    logsumexp: Tensor  # [B], of logits / T in nats; the largest logit for a greedy request
+    log_prob: Tensor  # [B], log q(token) in nats; 0 for a greedy request
+    entropy_nats: Tensor  # [B]; 0 for a greedy request
+    num_nan: Tensor  # [B] int64, NaN logits, which were read as -inf
+    is_empty: Tensor  # [B] bool, no logit above -inf: token 0 with log_prob -inf
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Output tokens of one verification step and per-row statistics (compute dtype, NaN where there is no row)."""
+
+    token_ids: Tensor  # [B, max_drafts + 1] int64: accepted drafts, one recovered or bonus token, then -1
+    num_accepted: Tensor  # [B] int64, accepted drafts; the request outputs one token more
+    target_entropy_nats: Tensor  # [B, max_drafts + 1], H(p) (Eq. 4)
+    overlap: Tensor  # [B, max_drafts], sum_v min(p, q), the chance of acceptance (Eq. 2); p(y) for a one-hot draft
+    draft_argmax_prob: Tensor  # [B, max_drafts], p(argmax q), the chance under target-only acceptance (Eq. 1)
+    num_nan: Tensor  # [B] int64, NaN target logits in the request's rows, which were read as -inf
+    num_empty_rows: Tensor  # [B] int64, target rows without a logit above -inf: they reject, and give token 0
+
+
+def sample_reference(
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
+    dtype: torch.dtype = torch.float32,
+) -> DraftSample:
+    """Draws one token per row from softmax(logits / temperature).
+
+    Args:
+        logits: [B, V], any float dtype, before temperature. NaN reads as -inf, +inf as 1e30.
+        temperature: [B] fp32. Below 1e-5 is greedy: argmax, the lowest id on ties.
+        seeds: [B] int64, one per request.
+        positions: [B] int64, absolute position of the token being drawn.
+        streams: random streams for the sub-block and for the token. Use the TARGET streams for a token that the target
+            draws without any draft.
+        dtype: compute dtype, fp32 or fp64.
+    Returns:
+        DraftSample. The logits remain the only record of q that verification needs.
+    Raises:
+        ValueError: a shape, dtype or device is wrong; the message names the argument.
+    Memory: about four [B, V] temporaries of `dtype`.
+    """
+    _check_logits("logits", logits, (None, None), logits.device)
+    batch = logits.shape[0]
+    _check_requests(batch, logits.device, temperature, seeds, positions)
+    _check_compute_dtype(dtype)
+
+    scores, num_nan = _scores(logits, temperature, dtype)
+    rows = _Rows.from_scores(scores)
+    token_ids = rows.draw(seeds, positions, streams)
+    return DraftSample(
+        token_ids=token_ids,
+        logsumexp=rows.logsumexp,
+        log_prob=rows.log_prob(token_ids),
+        entropy_nats=_entropy_nats(rows.log_probs()),
+        num_nan=num_nan,
+        is_empty=rows.logsumexp == NEG_INF,
+    )
+
+
+def verify_reference(
+    target_logits: Tensor,
+    draft_token_ids: Tensor,
+    draft_logits: Tensor | None,
+    num_draft_tokens: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    one_hot: Tensor | None = None,
+    target_is_processed: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Verification:
+    """Accepts or rejects draft tokens so that the output follows the target exactly (Eq. 1 and 2).
+
+    Args:
+        target_logits: [sum(num_draft_tokens + 1), V], any float dtype. Request r owns num_draft_tokens[r] + 1
+            consecutive rows; row i decides position positions[r] + i. NaN reads as -inf, +inf as 1e30.
+        draft_token_ids: [B, max_drafts] int64; -1 (or any id outside the vocabulary) is no draft: it is rejected, and
+            the token comes from p.
+        draft_logits: [B, max_drafts, V], any float dtype, before temperature, from which the draft tokens were drawn
+            at the same temperature. None: every draft is one-hot. Entries past num_draft_tokens are not used.
+        num_draft_tokens: [B] int64, 0 .. max_drafts.
+        temperature: [B] fp32. Below 1e-5 is greedy: a draft is accepted iff it is the argmax (lowest id on ties).
+        seeds: [B] int64, as for `sample_reference`.
+        positions: [B] int64, absolute position of the token that row 0 decides.
+        one_hot: [B] bool, requests whose draft is a point mass on its token (Eq. 1); their draft_logits are not used.
+        target_is_processed: the target rows already carry temperature and masks (-inf). Temperature then applies to
+            the draft rows only, and below 1e-5 still means argmax.
+        dtype: compute dtype, fp32 or fp64.
+    Returns:
+        Verification.
+    Raises:
+        ValueError: a shape, dtype, device or count is wrong; the message names the argument.
+    Memory: about four temporaries of `dtype` of the size of target_logits and as many of draft_logits.
+    """
+    _check_logits("target_logits", target_logits, (None, None), target_logits.device)
+    device, vocab_size = target_logits.device, target_logits.shape[1]
+    _check("draft_token_ids", draft_token_ids, (None, None), torch.int64, device)
+    batch, max_drafts = draft_token_ids.shape
+    if draft_logits is not None:
+        _check_logits("draft_logits", draft_logits, (batch, max_drafts, vocab_size), device)
+    _check("num_draft_tokens", num_draft_tokens, (batch,), torch.int64, device)
+    _check_requests(batch, device, temperature, seeds, positions)
+    if one_hot is not None:
+        _check("one_hot", one_hot, (batch,), torch.bool, device)
+    _check_compute_dtype(dtype)
+    if ((num_draft_tokens < 0) | (num_draft_tokens > max_drafts)).any():
+        raise ValueError(f"num_draft_tokens must lie in 0 .. {max_drafts}, the width of draft_token_ids")
+    num_rows = num_draft_tokens + 1
+    if target_logits.shape[0] != int(num_rows.sum()):
+        raise ValueError(
+            f"target_logits has {target_logits.shape[0]} rows, but sum(num_draft_tokens + 1) is {int(num_rows.sum())}"
+        )
+
+    step = torch.arange(max_drafts + 1, device=device)
+    has_row = step <= num_draft_tokens[:, None]  # [B, max_drafts + 1]
+    has_draft_row = step[:-1] < num_draft_tokens[:, None]  # [B, max_drafts]
+    first_row = num_rows.cumsum(0) - num_rows
+    row = first_row[:, None] + torch.where(has_row, step, 0)  # a row past the last stands for row 0 and is masked
+
+    request_of_row = torch.arange(batch, device=device).repeat_interleave(num_rows)
+    scores, num_nan = _scores(target_logits, temperature[request_of_row], dtype, divide=not target_is_processed)
+    target = _Rows.from_scores(scores)
+    log_p = target.log_probs()
+
+    # Greedy requests accept iff the token equals the argmax, whatever q was: q as a point mass says just that.
+    point_mass = temperature < GREEDY_TEMPERATURE
+    if one_hot is not None:
+        point_mass = point_mass | one_hot
+    log_q = _draft_log_probs(draft_token_ids, draft_logits, temperature, point_mass, vocab_size, dtype)
+
+    # 1. Accept up to the first rejection.
+    is_token = (draft_token_ids >= 0) & (draft_token_ids < vocab_size)
+    token = torch.where(is_token, draft_token_ids, 0)
+    log_p_token = log_p[row[:, :-1], token]
+    log_q_token = log_q.gather(2, token[:, :, None]).squeeze(2)
+    is_drawn_from_q = has_draft_row & is_token & (log_q_token > NEG_INF)
+    u = uniform(seeds[:, None], positions[:, None] + step[:-1], Stream.ACCEPT).to(dtype)
+    accepts = is_drawn_from_q & _is_below_ratio(u, log_p_token, log_q_token)
+    num_accepted = accepts.long().cumprod(dim=1).sum(dim=1)
+
+    # 2. and 3. One more token: from p for a bonus, or where there was no draft token; otherwise from the residual.
+    last_row = first_row + num_accepted
+    last_position = positions + num_accepted
+    last_token = target.at(last_row).draw(seeds, last_position, (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN))
+    request, rejected_step = (is_drawn_from_q & (step[:-1] == num_accepted[:, None])).nonzero(as_tuple=True)
+    last_token[request] = _sample_residual(
+        target.at(last_row[request]), log_q[request, rejected_step], seeds[request], last_position[request]
+    )
+
+    token_ids = F.pad(draft_token_ids, (0, 1)).where(step < num_accepted[:, None], -1)
+    token_ids.scatter_(1, num_accepted[:, None], last_token[:, None])
+
+    nan = torch.full((), float("nan"), dtype=dtype, device=device)
+    log_p_draft = log_p[row[:, :-1]]  # [B, max_drafts, V]
+    has_q = has_draft_row & (log_q > NEG_INF).any(dim=2)
+    argmax_q = log_q.argmax(dim=2, keepdim=True)
+    per_request = torch.zeros(batch, dtype=torch.int64, device=device)
+    return Verification(
+        token_ids=token_ids,
+        num_accepted=num_accepted,
+        target_entropy_nats=torch.where(has_row, _entropy_nats(log_p)[row], nan),
+        overlap=torch.where(has_q, torch.minimum(log_p_draft, log_q).exp().sum(dim=2), nan),
+        draft_argmax_prob=torch.where(has_q, log_p_draft.gather(2, argmax_q).squeeze(2).exp(), nan),
+        num_nan=per_request.index_add(0, request_of_row, num_nan),
+        num_empty_rows=per_request.index_add(0, request_of_row, (target.logsumexp == NEG_INF).long()),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """N rows of scores, cut into sub-blocks; row n stands for the distribution softmax(scores[n])."""
+
+    scores: Tensor  # [N, num_blocks, width]; -inf past the vocabulary
+    block_logsumexp: Tensor  # [N, num_blocks]
+    logsumexp: Tensor  # [N]; -inf for an empty row
+    vocab_size: int
+
+    @staticmethod
+    def from_scores(scores: Tensor) -> "_Rows":
+        """scores: [N, V], -inf for an impossible token."""
+        blocks = _cut(scores)
+        block_logsumexp = blocks.logsumexp(dim=2)
+        return _Rows(blocks, block_logsumexp, block_logsumexp.logsumexp(dim=1), scores.shape[1])
+
+    def at(self, index: Tensor) -> "_Rows":
+        return _Rows(self.scores[index], self.block_logsumexp[index], self.logsumexp[index], self.vocab_size)
+
+    def draw(self, seeds: Tensor, positions: Tensor, streams: tuple[Stream, Stream], attempt: int = 0) -> Tensor:
+        """[N] int64: one token of each row; token 0 of an empty row."""
+        return _draw(self.scores, self.block_logsumexp, seeds, positions, streams, attempt)
+
+    def log_prob(self, token_ids: Tensor) -> Tensor:
+        """[N]: log-probability in nats of token_ids [N]; -inf in an empty row."""
+        scores = self.scores.flatten(1).gather(1, token_ids[:, None]).squeeze(1)
+        return scores - self._finite_logsumexp()
+
+    def log_probs(self) -> Tensor:
+        """[N, V]: log-probabilities in nats; all -inf in an empty row."""
+        return self.scores.flatten(1)[:, : self.vocab_size] - self._finite_logsumexp()[:, None]
+
+    def _finite_logsumexp(self) -> Tensor:
+        return self.logsumexp.where(self.logsumexp > NEG_INF, 0.0)  # -inf - (-inf) would be NaN
+
+
+def _cut(values: Tensor, fill: float = NEG_INF) -> Tensor:
+    """[N, V] -> [N, num_blocks, width]. A vocabulary below SUB_BLOCK is one sub-block of its own width."""
+    width = min(SUB_BLOCK, values.shape[1])
+    return F.pad(values, (0, -values.shape[1] % width), value=fill).unflatten(1, (-1, width))
+
+
+def _draw(
+    scores: Tensor,
+    block_logsumexp: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    streams: tuple[Stream, Stream],
+    attempt: int = 0,
+) -> Tensor:
+    """Draws a token with probability softmax(scores): first its sub-block, then the token inside (both Gumbel-max).
+
+    scores: [N, num_blocks, width]; block_logsumexp: [N, num_blocks]; seeds, positions: [N]. Returns [N] int64.
+    Ties go to the lowest id; where every score is -inf, that is token 0.
+    """
+    block_stream, token_stream = streams
+    num_rows, num_blocks, width = scores.shape
+    seeds, positions, dtype = seeds[:, None], positions[:, None], scores.dtype
+    blocks = torch.arange(num_blocks, device=scores.device)
+    noise = gumbel(seeds, positions, block_stream, blocks, attempt, dtype)
+    block = (block_logsumexp + noise).argmax(dim=1)
+    ids = block[:, None] * width + torch.arange(width, device=scores.device)
+    inside = scores[torch.arange(num_rows, device=scores.device), block]
+    noise = gumbel(seeds, positions, token_stream, ids, attempt, dtype)
+    return block * width + (inside + noise).argmax(dim=1)
+
+
+def _is_below_ratio(u: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """u < a / b, hence True with probability min(1, a / b).
+
+    In this form, and not as log u + log b < log a, equal a and b give True for every u: rounding log u + log b can give
+    log b back. False for a = 0.
+    """
+    return u.log() < log_a - log_b
+
+
+def _sample_residual(target: _Rows, log_q: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws from max(0, p - q), renormalised; from p where that is zero everywhere (p equal to q up to rounding).
+
+    target: N rows of p; log_q: [N, V]; seeds, positions: [N]. Returns [N] int64.
+    """
+    token_ids = torch.zeros_like(seeds)
+    pending = torch.arange(seeds.shape[0], device=seeds.device)
+    for attempt in range(NUM_THINNING_ROUNDS):
+        rows = target.at(pending)
+        draw = rows.draw(seeds[pending], positions[pending], (Stream.THINNING_BLOCK, Stream.THINNING_TOKEN), attempt)
+        token_ids[pending] = draw
+        u = uniform(seeds[pending], positions[pending], Stream.THINNING_KEEP, attempt=attempt).to(log_q.dtype)
+        pending = pending[_is_below_ratio(u, log_q[pending, draw], rows.log_prob(draw))]
+        if pending.numel() == 0:
+            return token_ids
+
+    residual = _cut((target.at(pending).log_probs().exp() - log_q[pending].exp()).clamp(min=0), fill=0.0)
+    block_sum = residual.sum(dim=2)
+    streams = (Stream.RESIDUAL_BLOCK, Stream.RESIDUAL_TOKEN)
+    draw = _draw(residual.log(), block_sum.log(), seeds[pending], positions[pending], streams)
+    token_ids[pending] = torch.where(block_sum.sum(dim=1) > 0, draw, token_ids[pending])
+    return token_ids
+
+
+def _scores(logits: Tensor, temperature: Tensor, dtype: torch.dtype, *, divide: bool = True) -> tuple[Tensor, Tensor]:
+    """Scores whose softmax is the distribution to sample, and the number of NaN logits per row.
+
+    logits: [N, V]; temperature: [N]; divide: apply the temperature (greedy rows need none). Returns [N, V], [N] int64.
+    """
+    is_greedy = (temperature < GREEDY_TEMPERATURE)[:, None]
+    scores = logits.to(dtype)
+    if divide:
+        scores = scores / temperature.to(dtype)[:, None].masked_fill(is_greedy, 1.0)
+    is_nan = scores.isnan()
+    scores = scores.masked_fill(is_nan, NEG_INF).clamp(max=MAX_SCORE)
+    if is_greedy.any():
+        is_argmax = torch.zeros_like(is_nan).scatter_(1, scores.argmax(dim=1, keepdim=True), True)
+        scores = scores.masked_fill(is_greedy & ~is_argmax, NEG_INF)
+    return scores, is_nan.sum(dim=1)
+
+
+def _draft_log_probs(
+    token_ids: Tensor,
+    logits: Tensor | None,
+    temperature: Tensor,
+    point_mass: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, max_drafts, V] log q in nats; where the request's q is a point mass, 0 on its token and -inf elsewhere."""
+    if logits is not None and not point_mass.all():
+        batch, max_drafts = token_ids.shape
+        scores, _ = _scores(logits.flatten(0, 1), temperature.repeat_interleave(max_drafts), dtype)
+        log_q = _Rows.from_scores(scores).log_probs().unflatten(0, (batch, max_drafts))
+        if not point_mass.any():
+            return log_q
+    else:
+        log_q = torch.full((*token_ids.shape, vocab_size), NEG_INF, dtype=dtype, device=token_ids.device)
+    is_token = torch.arange(vocab_size, device=token_ids.device) == token_ids[:, :, None]
+    return torch.where(point_mass[:, None, None] | (logits is None), is_token.to(dtype).log(), log_q)
+
+
+def _entropy_nats(log_probs: Tensor) -> Tensor:
+    """[N]: -sum_v p(v) log p(v) in nats (Eq. 4) of log_probs [N, V]; impossible tokens add 0."""
+    probs = log_probs.exp()
+    return -torch.where(probs > 0, probs * log_probs, 0.0).sum(dim=1)
+
+
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    matches = tensor.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not matches:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {['*' if n is None else n for n in shape]}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}")
+
+
+def _check_logits(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    _check(name, tensor, shape, None, device)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float dtype")
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{name} has an empty vocabulary")
+
+
+def _check_requests(
+    batch: int, device: torch.device, temperature: Tensor, seeds: Tensor, positions: Tensor
+) -> None:
+    _check("temperature", temperature, (batch,), torch.float32, device)
+    _check("seeds", seeds, (batch,), torch.int64, device)
+    _check("positions", positions, (batch,), torch.int64, device)
+
+
+def _check_compute_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64")

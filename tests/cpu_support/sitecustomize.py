@@ -1,0 +1,96 @@
+"""Lets more of vLLM run in tests on a machine without a GPU. Active where this folder is on PYTHONPATH.
+
+Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Two things are mended,
+each just before the package it concerns is first imported:
+
+* torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
+  schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
+* Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it is
+  there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
+"""
+
+import importlib.abc
+import os
+import sys
+from types import SimpleNamespace
+
+
+def declare_torchvision_operators() -> None:
+    import torch
+
+    for operator in ("nms", "qnms"):
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        try:
+            torch.library.define(f"torchvision::{operator}", schema)
+        except RuntimeError:
+            pass  # a torchvision built for this PyTorch has declared it
+
+
+def run_triton_on_the_cpu() -> None:
+    import torch
+    import triton.language as tl
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.language.extra import libdevice
+
+    class CpuDriver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 0)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int | None = None) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_device_interface(self) -> object:
+            return torch.cpu
+
+    backends["cpu"] = SimpleNamespace(driver=CpuDriver, compiler=None)
+    libdevice.log1p = lambda x, **_: tl.log(1.0 + x)
+    _accept_integer_masks()
+
+
+def _accept_integer_masks() -> None:
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def accepting(name: str, mask_position: int) -> None:
+        original = getattr(InterpreterBuilder, name)
+
+        def method(self, *args, **kwargs):
+            mask = args[mask_position]
+            if mask is not None and mask.data.dtype != np.bool_:
+                mask = TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+                args = (*args[:mask_position], mask, *args[mask_position + 1 :])
+            return original(self, *args, **kwargs)
+
+        setattr(InterpreterBuilder, name, method)
+
+    accepting("create_masked_load", 1)
+    accepting("create_masked_store", 2)
+
+
+class BeforeImport(importlib.abc.MetaPathFinder):
+    """Runs a mend when its package is first looked up; finds nothing itself."""
+
+    def __init__(self) -> None:
+        self.mends = {"torchvision": declare_torchvision_operators}
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            self.mends["vllm"] = run_triton_on_the_cpu
+
+    def find_spec(self, name, path=None, target=None):
+        mend = self.mends.pop(name, None)
+        if mend is not None:
+            mend()
+        return None
+
+
+sys.meta_path.insert(0, BeforeImport())

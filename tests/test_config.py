@@ -1,0 +1,96 @@
+"""Options: what is accepted, what is refused, and that every refusal names the key and the remedy."""
+
+import json
+
+import pytest
+
+from vllm_bebop.config import BebopConfig, BebopConfigError, translate
+
+ASKED = {"method": "bebop", "num_speculative_tokens": 3}
+SWITCHED_ON = {"VLLM_BEBOP": "1"}
+
+
+def test_translate_leaves_other_methods_alone():
+    for config in (None, {}, {"method": "ngram"}, {"method": "mtp", "num_speculative_tokens": 3}):
+        assert translate(config, {}) is None
+    assert translate({"method": "eagle3", "model": "d", "num_speculative_tokens": 3}, SWITCHED_ON) is None
+
+
+def test_translate_reads_as_mtp_afterwards():
+    translation = translate(ASKED | {"model": "drafts/a", "revision": "main", "max-model-len": 64}, {})
+    assert translation.speculative_config == {
+        "method": "mtp",
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "standard",
+        "max_model_len": 64,
+    }
+    assert (translation.draft, translation.revision) == ("drafts/a", "main")
+    assert translation.config == BebopConfig(acceptance="rejection")
+
+
+def test_translate_target_only_drafts_greedily():
+    translation = translate(ASKED | {"acceptance": "target_only"}, {})
+    assert translation.speculative_config["draft_sample_method"] == "greedy"
+
+
+def test_translate_accepts_the_same_options_from_the_environment():
+    by_config = translate(ASKED | {"model": "d", "acceptance": "target_only"}, {})
+    by_environment = translate(
+        {"method": "mtp"},
+        SWITCHED_ON
+        | {
+            "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "3",
+            "VLLM_BEBOP_MODEL": "d",
+            "VLLM_BEBOP_ACCEPTANCE": "target_only",
+        },
+    )
+    assert by_environment == by_config
+
+
+def test_config_survives_json():
+    config = BebopConfig(acceptance="target_only")
+    assert BebopConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "environ", "message"),
+    [
+        ({"num_speculative_tokens": 0}, {}, "'num_speculative_tokens': 0 must be a whole number from 1 to 16"),
+        ({"num_speculative_tokens": 17}, {}, "'num_speculative_tokens': 17 must be"),
+        ({"num_speculative_tokens": "3"}, {}, "'num_speculative_tokens': '3' must be"),
+        ({"num_speculative_tokens": True}, {}, "'num_speculative_tokens': True must be"),
+        ({"num_speculative_tokens": 2.0}, {}, "'num_speculative_tokens': 2.0 must be"),
+        ({"acceptance": "lossy"}, {}, "'acceptance': 'lossy' is unknown; accepted: rejection, target_only"),
+        ({"accpetance": "rejection"}, {}, "unknown key 'accpetance'.*bebop accepts acceptance"),
+        ({"prompt_lookup_max": 4}, {}, "unknown key 'prompt_lookup_max'"),
+        ({"model": 7}, {}, "'model': 7 must be a non-empty string"),
+        ({"model": ""}, {}, "'model': '' must be a non-empty string"),
+        ({"revision": 1}, {}, "'revision': 1 must be"),
+        ({"rejection_sample_method": "synthetic"}, {}, "'synthetic' is not lossless"),
+        ({"rejection_sample_method": "fly"}, {}, "'fly' is not lossless"),
+        ({"rejection_sample_method": "block"}, {}, "'block' is not accepted"),
+        ({"synthetic_acceptance_length": 2.0}, {}, "'synthetic_acceptance_length' is not lossless"),
+        ({"draft_sample_method": "greedy"}, {}, "'draft_sample_method': 'greedy' contradicts"),
+        ({"method": "mtp"}, {"VLLM_BEBOP": "maybe"}, "VLLM_BEBOP='maybe': set it to 1"),
+        ({"method": "mtp"}, SWITCHED_ON | {"VLLM_BEBOP_GAMMA": "3"}, "unknown variable VLLM_BEBOP_GAMMA; accepted"),
+        (
+            {"method": "mtp"},
+            SWITCHED_ON | {"VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "three"},
+            "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS='three' must be a whole number",
+        ),
+        (
+            {"method": "mtp", "model": "a"},
+            SWITCHED_ON | {"VLLM_BEBOP_MODEL": "b"},
+            "VLLM_BEBOP_MODEL='b' contradicts 'model': 'a'",
+        ),
+    ],
+)
+def test_translate_refuses(change, environ, message):
+    with pytest.raises(BebopConfigError, match=message):
+        translate(ASKED | change, environ)
+
+
+def test_translate_refuses_a_missing_count():
+    with pytest.raises(BebopConfigError, match="'num_speculative_tokens' is missing"):
+        translate({"method": "bebop"}, {})

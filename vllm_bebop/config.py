@@ -1,0 +1,202 @@
+"""What a user may ask of bebop, and every reason to refuse it: options are parsed here and nowhere else.
+
+Two ways to ask, with the same options:
+
+* `--speculative-config '{"method": "bebop", "num_speculative_tokens": 3, "model": "DRAFT"}'`
+* `{"method": "mtp", ...}` plus `VLLM_BEBOP=1` and `VLLM_BEBOP_<OPTION>`, for stacks that admit no other method.
+
+`translate` turns either into a config that vLLM understands (method "mtp") and a `BebopConfig` that travels to every
+worker inside `VllmConfig.additional_config["bebop"]`. Pure functions, no vLLM import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ACCEPTANCE_RULES = ("rejection", "target_only")
+MAX_SPECULATIVE_TOKENS = 16  # the verification kernels' limit
+
+_ENV_SWITCH = "VLLM_BEBOP"
+_ENV_PREFIX = "VLLM_BEBOP_"
+# Read elsewhere (engine/cpu_mend.py); not an option of the speculation itself.
+_ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU",)
+# Our keys, and the variables that stand in for them.
+_ENV_OPTIONS = {
+    "VLLM_BEBOP_ACCEPTANCE": "acceptance",
+    "VLLM_BEBOP_MODEL": "model",
+    "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "num_speculative_tokens",
+}
+_OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptance")
+# vLLM's own speculative keys that keep their meaning under bebop and are handed on untouched.
+_PASSED_ON_KEYS = (
+    "attention_backend",
+    "code_revision",
+    "disable_padded_drafter_batch",
+    "draft_tensor_parallel_size",
+    "enforce_eager",
+    "index_share_for_mtp_iteration",
+    "max_model_len",
+    "moe_backend",
+    "quantization",
+)
+_NOT_LOSSLESS = "is not lossless; bebop only offers modes whose output distribution is exactly the target's"
+
+
+class BebopConfigError(ValueError):
+    """A request that bebop refuses. The message names the key and what is accepted."""
+
+
+@dataclass(frozen=True)
+class BebopConfig:
+    """What the workers need to know.
+
+    acceptance: "rejection" samples drafts from q and accepts with min(1, p/q) (arXiv:2606.12370, Eq. 2);
+        "target_only" drafts argmax q and accepts with p(draft) (Eq. 1).
+    """
+
+    acceptance: str = "rejection"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable: it enters vLLM's compile-cache hash and reaches every worker."""
+        return asdict(self)
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any) -> BebopConfig:
+        """Read back, in a worker, what `translate` put into `additional_config`."""
+        return cls(**vllm_config.additional_config["bebop"])
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A request for bebop, taken apart: `config` for our workers, `speculative_config` for vLLM.
+
+    `draft` is the path or Hub id the user gave, None where the target's own head is to be used; `revision` its Hub
+    revision.
+    """
+
+    config: BebopConfig
+    speculative_config: dict[str, Any]
+    draft: str | None
+    revision: str | None
+
+
+def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Translation | None:
+    """Read a user's speculative config; None where bebop is not asked for.
+
+    Args:
+        speculative_config: as given to vLLM; keys may use '-' for '_'. Not modified.
+        environ: usually `os.environ`.
+    Raises:
+        BebopConfigError: an option is unknown, contradictory, of the wrong type or out of range.
+    """
+    options = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
+    method = options.get("method")
+    if method != "bebop":
+        if not _switched_on(environ) or method != "mtp":
+            return None
+        options |= _options_from_env(environ, options)
+
+    _refuse_lossy(options)
+    _refuse_unknown(options)
+    config = BebopConfig(acceptance=_acceptance(options))
+    num_speculative_tokens = _num_speculative_tokens(options)
+    draft = _text(options, "model")
+    translated = {key: options[key] for key in _PASSED_ON_KEYS if key in options}
+    translated |= {
+        "method": "mtp",
+        "num_speculative_tokens": num_speculative_tokens,
+        # Under "probabilistic" vLLM keeps the draft's logits for verification; one-hot drafts need none.
+        "draft_sample_method": "probabilistic" if config.acceptance == "rejection" else "greedy",
+        "rejection_sample_method": "standard",
+    }
+    return Translation(config, translated, draft, _text(options, "revision"))
+
+
+def _switched_on(environ: Mapping[str, str]) -> bool:
+    value = environ.get(_ENV_SWITCH, "")
+    if value.lower() in ("", "0", "false"):
+        return False
+    if value.lower() in ("1", "true"):
+        return True
+    raise BebopConfigError(f"{_ENV_SWITCH}={value!r}: set it to 1 (on) or 0 (off)")
+
+
+def _options_from_env(environ: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in environ.items():
+        if not name.startswith(_ENV_PREFIX) or name in _ENV_NOT_OPTIONS:
+            continue
+        if name not in _ENV_OPTIONS:
+            raise BebopConfigError(f"unknown variable {name}; accepted: {', '.join(sorted(_ENV_OPTIONS))}")
+        key = _ENV_OPTIONS[name]
+        parsed: Any = value
+        if key == "num_speculative_tokens":
+            try:
+                parsed = int(value)
+            except ValueError:
+                raise BebopConfigError(f"{name}={value!r} must be a whole number") from None
+        if key in options and options[key] != parsed:
+            raise BebopConfigError(
+                f"{name}={value!r} contradicts {key!r}: {options[key]!r} in the speculative config; give only one"
+            )
+        found[key] = parsed
+    return found
+
+
+def _refuse_lossy(options: Mapping[str, Any]) -> None:
+    """Modes of vLLM that change the output distribution, or that bebop's own verification replaces."""
+    sample_method = options.get("rejection_sample_method", "standard")
+    if sample_method in ("synthetic", "fly"):
+        raise BebopConfigError(f"'rejection_sample_method': {sample_method!r} {_NOT_LOSSLESS}")
+    if sample_method != "standard":
+        raise BebopConfigError(
+            f"'rejection_sample_method': {sample_method!r} is not accepted with bebop, which brings its own "
+            'verification; drop the key (accepted: "standard")'
+        )
+    for key in options:
+        if key.startswith(("synthetic_", "fly_")):
+            raise BebopConfigError(f"{key!r} {_NOT_LOSSLESS}; drop the key")
+    drafting = options.get("draft_sample_method")
+    if drafting is not None:
+        expected = "greedy" if options.get("acceptance") == "target_only" else "probabilistic"
+        if drafting != expected:
+            raise BebopConfigError(
+                f"'draft_sample_method': {drafting!r} contradicts 'acceptance': "
+                f"{options.get('acceptance', 'rejection')!r}, which needs {expected!r}; drop the key"
+            )
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    accepted = {*_OWN_KEYS, *_PASSED_ON_KEYS, "rejection_sample_method", "draft_sample_method"}
+    unknown = sorted(set(options) - accepted)
+    if unknown:
+        raise BebopConfigError(
+            f"unknown key {', '.join(map(repr, unknown))} in the speculative config; bebop accepts "
+            f"{', '.join(sorted(accepted))}"
+        )
+
+
+def _acceptance(options: Mapping[str, Any]) -> str:
+    value = options.get("acceptance", "rejection")
+    if value not in ACCEPTANCE_RULES:
+        raise BebopConfigError(f"'acceptance': {value!r} is unknown; accepted: {', '.join(ACCEPTANCE_RULES)}")
+    return value
+
+
+def _num_speculative_tokens(options: Mapping[str, Any]) -> int:
+    accepted = f"a whole number from 1 to {MAX_SPECULATIVE_TOKENS} (3 is a good start)"
+    if "num_speculative_tokens" not in options:
+        raise BebopConfigError(f"'num_speculative_tokens' is missing; give {accepted}")
+    value = options["num_speculative_tokens"]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
+        raise BebopConfigError(f"'num_speculative_tokens': {value!r} must be {accepted}")
+    return value
+
+
+def _text(options: Mapping[str, Any], key: str) -> str | None:
+    value = options.get(key)
+    if value is not None and not (isinstance(value, str) and value):
+        raise BebopConfigError(f"{key!r}: {value!r} must be a non-empty string")
+    return value

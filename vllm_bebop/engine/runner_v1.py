@@ -1,0 +1,279 @@
+"""Model runner V1 (`VLLM_USE_V2_MODEL_RUNNER=0`; the CPU build always): drafting, verification and sampling.
+
+V1 hands its proposer and its samplers neither positions nor request ids, and forgets the draft distribution of a
+request that sits out a step. `V1Requests` supplies what is missing, read from the runner; the three classes below are
+vLLM's own with one method or two replaced.
+
+Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_last_draft_probs}`, `Sampler.sample`,
+`RejectionSampler.forward`, `GPUModelRunner.{input_batch, requests, positions, query_start_loc}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from vllm_bebop.config import BebopConfig
+from vllm_bebop.kernels.philox import Stream
+from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE, sample_reference, verify_reference
+
+# A token drawn straight from the target uses the noise of a bonus token, so a seeded request is served the same text
+# whether or not its neighbours in the batch happen to speculate.
+_TARGET_STREAMS = (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)
+
+
+def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
+    """Exchange the proposer; called once the runner exists, before weights are loaded."""
+    if type(runner.drafter) is not EagleProposer:
+        raise TypeError(f"bebop cannot draft with {type(runner.drafter).__name__}; see `bebop doctor --model ...`")
+    runner.drafter.__class__ = BebopProposer
+    runner.drafter.requests = V1Requests(runner, runner.model_config.seed)
+    runner.drafter.one_hot = config.acceptance == "target_only"
+
+
+def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
+    """Exchange both samplers: seeded noise has to be the same whichever of them a step happens to use."""
+    requests = runner.drafter.requests
+    runner.sampler.__class__ = BebopSampler
+    runner.sampler.requests = requests
+    runner.rejection_sampler.__class__ = BebopRejectionSampler
+    runner.rejection_sampler.requests = requests
+
+
+@dataclass
+class Draft:
+    """One request's last proposal: what verification must know of q.
+
+    logits: [num_speculative_tokens, vocab_size], pre-temperature; None for one-hot drafts.
+    """
+
+    logits: torch.Tensor | None
+
+
+class V1Requests:
+    """Per-request facts for one engine: noise seed, absolute positions, the last draft."""
+
+    def __init__(self, runner: Any, engine_seed: int):
+        self._runner = runner
+        # Every tensor-parallel rank sees requests in the same order, so all ranks draw the same seeds.
+        self._seed_source = np.random.default_rng(engine_seed)
+        self._drafts: dict[str, Draft] = {}
+
+    def ids(self, batch_size: int) -> list[str]:
+        """Request ids by batch row; none in vLLM's dummy runs at start-up, whose results nobody reads."""
+        ids = list(self._runner.input_batch.req_ids)
+        if ids and len(ids) != batch_size:
+            raise RuntimeError(f"bebop: {batch_size} rows to sample for {len(ids)} requests")
+        return ids
+
+    def seeds(self, batch_size: int) -> torch.Tensor:
+        """[batch_size] int64: the request's own seed, or one drawn for it when it was first seen."""
+        generators = self._runner.input_batch.generators
+        seeds = [0] * batch_size
+        for row, request_id in enumerate(self.ids(batch_size)):
+            state = self._runner.requests[request_id]
+            if not hasattr(state, "bebop_seed"):
+                drawn = int(self._seed_source.integers(2**63))
+                state.bebop_seed = generators[row].initial_seed() if row in generators else drawn
+            seeds[row] = state.bebop_seed
+        return torch.tensor(seeds, dtype=torch.int64, device=self._runner.device)
+
+    def positions(self, row_indices: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """[batch_size] int64: absolute position of the token to be decided, one past each row's input token.
+
+        row_indices: [batch_size] rows of the flattened input; None for the last row of every request.
+        """
+        if row_indices is None:
+            row_indices = self._runner.query_start_loc.gpu[1 : batch_size + 1].long() - 1
+        return self._runner.positions[row_indices].long() + 1
+
+    def remember(self, request_ids: list[str], logits: torch.Tensor | None) -> None:
+        """Keep the proposals just made. logits: [batch, num_speculative_tokens, vocab_size] or None (one-hot)."""
+        alive = self._runner.requests
+        self._drafts = {id_: draft for id_, draft in self._drafts.items() if id_ in alive}
+        for row, id_ in enumerate(request_ids):
+            self._drafts[id_] = Draft(None if logits is None else logits[row])
+
+    def take(self, batch_size: int) -> list[Draft | None]:
+        """The drafts of this batch, each handed out once: what a step verified must not be matched to later drafts."""
+        return [self._drafts.pop(id_, None) for id_ in self.ids(batch_size)] or [None] * batch_size
+
+
+class BebopProposer(EagleProposer):
+    """vLLM's MTP proposer, drawing every draft token from q at the request's temperature, by its own seed."""
+
+    requests: V1Requests
+    one_hot: bool
+
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        metadata = kwargs["common_attn_metadata"]
+        batch_size = metadata.batch_size()
+        last_rows = kwargs["token_indices_to_sample"]
+        if last_rows is None:
+            last_rows = metadata.query_start_loc[1:] - 1
+        positions = kwargs["target_positions"]
+        positions = positions[0] if positions.ndim == 2 else positions  # M-RoPE: text positions agree on all axes
+        # Slot t is fed x_{t+1} and h_t, and drafts x_{t+2}.
+        self._next_positions = positions[last_rows.long()].long() + 2
+        self._seeds = self.requests.seeds(batch_size)
+        self._step_logits: list[torch.Tensor] = []
+        draft_token_ids = super().propose(*args, **kwargs)
+        logits = torch.stack(self._step_logits, dim=1) if self._step_logits else None
+        self.requests.remember(self.requests.ids(batch_size), logits)
+        self._step_logits = []
+        return draft_token_ids
+
+    def _sample_draft_tokens(
+        self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, None]:
+        if self.one_hot or sampling_metadata.all_greedy:
+            return self._greedy_sample(hidden_states), None
+        logits = self.model.compute_logits(hidden_states)
+        sample = sample_reference(logits, sampling_metadata.temperature, self._seeds, self._next_positions)
+        self._step_logits.append(logits)
+        self._next_positions = self._next_positions + 1
+        return sample.token_ids, None
+
+
+class BebopSampler(Sampler):
+    """vLLM's sampler with the last step, the draw itself, made by the request's own seed and position."""
+
+    requests: V1Requests
+
+    def sample(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size = logits.shape[0]
+        self.requests.take(batch_size)
+        logits = self.process(logits, sampling_metadata)
+        temperature = _temperature(sampling_metadata, batch_size, logits.device)
+        sample = sample_reference(
+            logits,
+            torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # `process` has divided already
+            self.requests.seeds(batch_size),
+            self.requests.positions(None, batch_size),
+            streams=_TARGET_STREAMS,
+        )
+        mode = logprobs_mode_override or self.logprobs_mode
+        processed = None
+        if sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids:
+            if mode == "processed_logits":
+                processed = logits
+            elif mode == "processed_logprobs":
+                processed = self.compute_logprobs(logits)
+        return sample.token_ids, processed
+
+    def process(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> torch.Tensor:
+        """Temperature, argmax-invariant processors, top-k and top-p; may work in place. [batch_size, vocab_size] fp32."""
+        if sampling_metadata.all_greedy:
+            return logits
+        logits = self.apply_temperature(logits, sampling_metadata.temperature, sampling_metadata.all_random)
+        for processor in sampling_metadata.logitsprocs.argmax_invariant:
+            logits = processor.apply(logits)
+        return apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
+
+
+class BebopRejectionSampler(RejectionSampler):
+    """vLLM's rejection sampler with the verification made by `kernels.reference.verify_reference`."""
+
+    requests: V1Requests
+
+    def forward(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """As upstream; `draft_probs` is not used, the proposer keeps q itself (see `V1Requests`)."""
+        del draft_probs
+        batch_size = len(metadata.num_draft_tokens)
+        num_draft_tokens = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+        first_rows = metadata.cu_num_sampled_tokens.long() - num_draft_tokens - 1
+        processed = self._process(metadata, logits, sampling_metadata)
+        draft_token_ids, draft_logits, one_hot = self._drafts(metadata, logits.shape[-1])
+        verification = verify_reference(
+            processed,
+            draft_token_ids,
+            draft_logits,
+            num_draft_tokens,
+            _temperature(sampling_metadata, batch_size, logits.device),
+            self.requests.seeds(batch_size),
+            self.requests.positions(metadata.logits_indices[first_rows], batch_size),
+            one_hot=one_hot,
+            target_is_processed=True,
+        )
+        token_ids = verification.token_ids.to(torch.int32)
+        logprobs = None
+        if sampling_metadata.max_num_logprobs is not None:
+            final = processed if self.is_processed_logprobs_mode else logits.float()
+            logprobs = self._get_logprobs_tensors(
+                sampling_metadata.max_num_logprobs,
+                metadata,
+                logits,
+                final[metadata.target_logits_indices.long()],
+                final[metadata.bonus_logits_indices.long()],
+                token_ids,
+            )
+        return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=logprobs)
+
+    def _process(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> torch.Tensor:
+        """What each row is sampled from: [num_rows, vocab_size] fp32, temperature and all masks applied."""
+        target_rows = metadata.target_logits_indices.long()
+        bonus_rows = metadata.bonus_logits_indices.long()
+        target = self.apply_logits_processors(logits[target_rows].float(), sampling_metadata, metadata)
+        if not sampling_metadata.all_greedy:
+            repeats = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+            target = self.sampler.apply_temperature(
+                target, sampling_metadata.temperature.repeat_interleave(repeats), sampling_metadata.all_random
+            )
+            top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
+            target = apply_top_k_top_p(
+                target,
+                None if top_k is None else top_k.repeat_interleave(repeats),
+                None if top_p is None else top_p.repeat_interleave(repeats),
+            )
+        bonus = self.sampler.apply_logits_processors(logits[bonus_rows].float(), sampling_metadata, True)
+        processed = torch.empty_like(logits, dtype=torch.float32)
+        processed[target_rows] = target
+        processed[bonus_rows] = self.sampler.process(bonus, sampling_metadata)
+        return processed
+
+    def _drafts(
+        self, metadata: SpecDecodeMetadata, vocab_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Draft tokens [B, max_drafts] (-1 where q is unknown: rejected), their logits, and which are one-hot [B]."""
+        device = metadata.draft_token_ids.device
+        drafts = self.requests.take(len(metadata.num_draft_tokens))
+        token_ids = torch.full((len(drafts), metadata.max_spec_len), -1, dtype=torch.int64, device=device)
+        logits = None
+        start = 0
+        for row, (draft, count) in enumerate(zip(drafts, metadata.num_draft_tokens, strict=True)):
+            if draft is not None:
+                token_ids[row, :count] = metadata.draft_token_ids[start : start + count]
+                if draft.logits is not None:
+                    if logits is None:
+                        logits = draft.logits.new_zeros(len(drafts), metadata.max_spec_len, vocab_size)
+                    logits[row, :count] = draft.logits[:count]
+            start += count
+        one_hot = torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device)
+        return token_ids, logits, one_hot
+
+
+def _temperature(sampling_metadata: SamplingMetadata, batch_size: int, device: torch.device) -> torch.Tensor:
+    """[batch_size] fp32; 0 for greedy requests (vLLM keeps none at all where every request is greedy)."""
+    if sampling_metadata.temperature is None:
+        return torch.zeros(batch_size, device=device)
+    return sampling_metadata.temperature[:batch_size]

@@ -1,0 +1,164 @@
+"""Which vLLM bebop runs on, and what it needs of it: one table, checked when a config asks for bebop.
+
+A version enters `TESTED_VERSIONS` only once the engine tests have passed on it (`make test-versions`). Versions being
+equal is not enough: every upstream symbol a seam relies on is looked up and its parameters compared, so that a patched
+or vendored vLLM fails at the start, by name, and not in the middle of a rollout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+from vllm_bebop.config import BebopConfigError
+
+TESTED_VERSIONS = ("0.32",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """An upstream symbol and the parameters by whose names bebop calls it, or expects to be called."""
+
+    symbol: str  # "module:attribute.path"
+    parameters: tuple[str, ...] = ()
+    used_by: str = ""
+
+
+_INTAKE = (
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+        "engine/intake.py",
+    ),
+    Seam("vllm.model_executor.model_loader:register_model_loader", ("load_format",), "engine/draft_loader.py"),
+    Seam(
+        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights",
+        ("model_config", "model"),
+        "engine/draft_loader.py",
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_weights",
+        ("model", "model_config"),
+        "engine/draft_loader.py",
+    ),
+    Seam("vllm.v1.worker.gpu_worker:Worker.init_device", (), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.load_model", (), "engine/worker.py"),
+)
+_RUNNER_V1 = (
+    Seam(
+        "vllm.v1.spec_decode.eagle:EagleProposer.propose",
+        ("target_positions", "token_indices_to_sample", "common_attn_metadata", "sampling_metadata"),
+        "engine/runner_v1.py",
+    ),
+    Seam(
+        "vllm.v1.spec_decode.eagle:EagleProposer._sample_draft_tokens",
+        ("hidden_states", "sampling_metadata"),
+        "engine/runner_v1.py",
+    ),
+    Seam("vllm.v1.spec_decode.eagle:EagleProposer._greedy_sample", ("hidden_states",), "engine/runner_v1.py"),
+    Seam("vllm.v1.sample.sampler:Sampler.sample", ("logits", "sampling_metadata"), "engine/runner_v1.py"),
+    Seam(
+        "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
+        ("logits", "sampling_metadata", "predict_bonus_token"),
+        "engine/runner_v1.py",
+    ),
+    Seam("vllm.v1.sample.sampler:Sampler.apply_temperature", ("logits", "temp", "all_random"), "engine/runner_v1.py"),
+    Seam(
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+        ("metadata", "draft_probs", "logits", "sampling_metadata"),
+        "engine/runner_v1.py",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.apply_logits_processors",
+        ("logits", "sampling_metadata", "metadata"),
+        "engine/runner_v1.py",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler:RejectionSampler._get_logprobs_tensors",
+        ("max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits", "sampled_token_ids"),
+        "engine/runner_v1.py",
+    ),
+)
+_RUNNER_V2 = (
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft",
+        ("hidden_states", "sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step", "draft_logits"),
+        "engine/runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify",
+        (
+            "logits",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+        ),
+        "engine/runner_v2.py",
+    ),
+    Seam("vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params", ("logits",), "engine/runner_v2.py"),
+    Seam("vllm.v1.worker.gpu.sample.sampler:Sampler.sample", ("logits", "pos"), "engine/runner_v2.py"),
+)
+
+
+def installed_vllm() -> str:
+    """vLLM's version, without a local tag such as "+cpu"."""
+    import vllm
+
+    return vllm.__version__.split("+")[0]
+
+
+def _tested(version: str) -> bool:
+    return ".".join(version.split(".")[:2]) in TESTED_VERSIONS
+
+
+def missing_seams() -> list[str]:
+    """Upstream symbols that are absent or have lost a parameter, each with the file of ours that needs it."""
+    problems = []
+    for seam in (*_INTAKE, *_RUNNER_V1, *_RUNNER_V2):
+        module_name, path = seam.symbol.split(":")
+        try:
+            found = importlib.import_module(module_name)
+            for part in path.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{seam.symbol} is missing ({error}; needed by {seam.used_by})")
+            continue
+        accepted = inspect.signature(inspect.unwrap(found)).parameters
+        lost = [name for name in seam.parameters if name not in accepted]
+        if lost:
+            problems.append(f"{seam.symbol} no longer takes {', '.join(lost)} (needed by {seam.used_by})")
+    return problems
+
+
+def require_supported_vllm() -> None:
+    """Stop the start on a vLLM that bebop was not tested on.
+
+    Raises:
+        BebopConfigError: naming the version, or each symbol that is missing.
+    """
+    version = installed_vllm()
+    if not _tested(version):
+        raise BebopConfigError(
+            f"vLLM {version} has not been tested with bebop; supported: {', '.join(v + '.*' for v in TESTED_VERSIONS)}. "
+            "Install one of these, or a bebop release that lists yours"
+        )
+    problems = missing_seams()
+    if problems:
+        raise BebopConfigError(f"this vLLM {version} differs from the one bebop was tested on: " + "; ".join(problems))
+
+
+def check_versions() -> list[tuple[str, bool, str]]:
+    """Rows (what, passed, detail) for `bebop doctor`."""
+    version = installed_vllm()
+    problems = missing_seams()
+    return [
+        ("vLLM version", _tested(version), f"{version} (tested: {', '.join(v + '.*' for v in TESTED_VERSIONS)})"),
+        ("vLLM's seams", not problems, "; ".join(problems) or "every symbol bebop relies on is there"),
+    ]

@@ -1,0 +1,69 @@
+"""The worker: vLLM's own, with its drafting and its sampler exchanged for bebop's.
+
+`parallel_config.worker_cls` is a public, string-valued option. It names `vllm_bebop.engine.worker.Worker`, or
+`...Worker[their/module/TheirWorker]` where a framework had set a worker of its own: attributes of this module are made
+on demand, each a subclass of the worker it stands for. `--worker-extension-cls` composes with either.
+
+Upstream symbols: `Worker.init_device`, `Worker.load_model`, `model_runner.{drafter, sampler, rejection_sampler}` (model
+runner V1), `model_runner.{speculator, sampler, rejection_sampler}` (V2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_bebop.config import BebopConfig, BebopConfigError
+from vllm_bebop.engine import draft_loader  # noqa: F401  (registers the load format "bebop")
+
+
+def _worker_over(base: type) -> type:
+    class Worker(base):  # type: ignore[misc, valid-type]
+        """See the module's docstring."""
+
+        def init_device(self) -> None:
+            super().init_device()
+            _seams(self).upgrade_drafting(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
+
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            super().load_model(*args, **kwargs)
+            _seams(self).upgrade_sampling(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
+
+    Worker.__module__ = __name__
+    return Worker
+
+
+def _seams(worker: Any) -> Any:
+    """The module that knows the model runner in use."""
+    if getattr(worker, "use_v2_model_runner", False):
+        from vllm_bebop.engine import runner_v2
+
+        return runner_v2
+    from vllm_bebop.engine import runner_v1
+
+    return runner_v1
+
+
+def _platform_worker() -> type:
+    if current_platform.is_cpu():
+        return resolve_obj_by_qualname("vllm.v1.worker.cpu_worker.CPUWorker")
+    if current_platform.is_cuda_alike():
+        return resolve_obj_by_qualname("vllm.v1.worker.gpu_worker.Worker")
+    raise BebopConfigError(f"bebop runs on CUDA, ROCm and CPU builds of vLLM, not on {current_platform.device_name}")
+
+
+def __getattr__(name: str) -> type:
+    if name == "Worker":
+        worker = _worker_over(_platform_worker())
+    elif name.startswith("Worker[") and name.endswith("]"):
+        base = resolve_obj_by_qualname(name[len("Worker[") : -1].replace("/", "."))
+        if not hasattr(base, "init_device") or not hasattr(base, "load_model"):
+            raise BebopConfigError(f"worker_cls {base.__module__}.{base.__qualname__} is not a subclass of vLLM's worker")
+        worker = _worker_over(base)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    worker.__qualname__ = name
+    globals()[name] = worker
+    return worker

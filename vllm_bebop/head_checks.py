@@ -1,0 +1,134 @@
+"""Everything that can be wrong with a head: its config, and the names, shapes, dtypes and values of its tensors.
+
+Each function returns the problems it finds, one sentence each with the remedy; none raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_bebop.families import PER_EXPERT, STACKED, Config, Family, FamilyError, recognise, text_config
+from vllm_bebop.tensor_files import TensorEntry, read_tensors
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")  # safetensors' names
+# Companions of a quantised weight in compressed-tensors, FP8, ModelOpt, GPTQ and AWQ checkpoints.
+_QUANTISED = (
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_shape", ".weight_zero_point"),
+    *(".input_scale", ".qweight", ".qzeros", ".scales", ".g_idx"),
+)
+# Sizes aside, what a head must share with its target to mean the same there.
+_NUMERICS = ("rms_norm_eps", "hidden_act", "rope_theta", "partial_rotary_factor")
+_LISTED = 5  # names shown before "and N more"
+
+
+def config_problems(family: Family, config: Config, target_config: Config) -> list[str]:
+    """Why a draft of this config cannot serve this target."""
+    try:
+        target_family = recognise(target_config)
+        family.expected_tensors(config)  # names a size that is missing
+    except FamilyError as error:
+        return [str(error)]
+    if family is not target_family:
+        return [f"config.json describes a {family.name} head, the target is {target_family.name}: use another draft"]
+    problems = [
+        f"config.json: {key} is {ours}, the target's is {theirs}: the draft belongs to another model"
+        for key, ours, theirs in family.differing_sizes(config, target_config)
+    ]
+    key, count = family.layer_count_key, family.num_layers(config)
+    if count == 0:
+        problems.append(f"config.json says {key} = 0: set it to the number of MTP layers that the draft holds")
+    elif count != (theirs := family.num_layers(target_config)):
+        problems.append(
+            f"config.json says {key} = {count}, the target's says {theirs}, and vLLM builds the head after the "
+            f"target's: set {key} = {count} there, in config.json or with --hf-overrides"
+        )
+    return problems
+
+
+def tensor_problems(family: Family, config: Config, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """Names, shapes and dtypes against the config."""
+    try:
+        expected = family.expected_tensors(config, _expert_layout(family, set(tensors)))
+    except FamilyError as error:
+        return [str(error)]
+    if not expected:
+        return []  # no MTP layers: reported with the config
+    problems = missing_tensors(family, config, set(tensors))
+    if unexpected := sorted(set(tensors) - set(expected)):
+        hint = ""
+        if any(name.endswith(_QUANTISED) for name in unexpected):
+            hint = "; the head is quantised: store bf16, fp16 or fp32"
+        elif not all(family.is_head_tensor(name, config) for name in unexpected):
+            hint = f"; a draft holds only the head, {family.prefixes(config)[0]}*, not the target's backbone"
+        problems.append(f"unexpected tensors: {_some(unexpected)}{hint}")
+    for name in sorted(set(tensors) & set(expected)):
+        if tensors[name].shape != expected[name]:
+            found, implied = list(tensors[name].shape), list(expected[name])
+            problems.append(f"{name} has shape {found}, config.json implies {implied}")
+    for dtype in sorted({entry.dtype for entry in tensors.values()} - set(FLOAT_DTYPES)):
+        names = sorted(name for name, entry in tensors.items() if entry.dtype == dtype)
+        problems.append(f"unsupported dtype {dtype} of {_some(names)}: store bf16, fp16 or fp32")
+    return problems
+
+
+def missing_tensors(family: Family, config: Config, names: set[str]) -> list[str]:
+    """Expected names that are not among `names`, as one problem."""
+    missing = sorted(set(family.expected_tensors(config, _expert_layout(family, names))) - names)
+    return [f"the {family.name} head lacks {len(missing)} tensors: {_some(missing)}"] if missing else []
+
+
+def _expert_layout(family: Family, names: set[str]) -> str | None:
+    if not family.expert_layouts:
+        return None
+    return STACKED if any(name.endswith("mlp.experts.gate_up_proj") for name in names) else PER_EXPERT
+
+
+def value_problems(tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """NaN and Inf. Reads every value of the tensors whose dtype can hold one."""
+    problems = []
+    floats = {name: entry for name, entry in tensors.items() if entry.dtype in FLOAT_DTYPES}
+    for name, tensor in read_tensors(floats):
+        if bad := sum(int((~chunk.isfinite()).sum()) for chunk in tensor.reshape(-1).split(1 << 24)):
+            problems.append(f"{name} has {bad} NaN or infinite values among {tensor.numel()}: export the head again")
+    return problems
+
+
+def config_warnings(config: Config, target_config: Config) -> list[str]:
+    """What is suspicious, though vLLM would serve it."""
+    warnings = []
+    for key in _NUMERICS:
+        ours, theirs = _numeric(config, key), _numeric(target_config, key)
+        if None not in (ours, theirs) and ours != theirs:
+            warnings.append(f"{key} is {ours} in the draft's config.json, {theirs} in the target's, which is used")
+    if quantisation := target_config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
+        warnings.append(
+            f"the target is quantised ({method}), and so is the head that vLLM builds for it unless the target's "
+            "quantization_config excludes the head; the draft's tensors are not quantised"
+        )
+    return warnings
+
+
+def _numeric(config: Config, key: str) -> Any:
+    text = text_config(config)
+    rope = text.get("rope_parameters")
+    return text.get(key, rope.get(key) if isinstance(rope, Mapping) else None)
+
+
+def weight_name(name: str) -> str:
+    """The unquantised name behind a quantised weight's: "fc.weight_packed" and "fc.qweight" stand for "fc.weight"."""
+    for suffix in _QUANTISED:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix) + ".weight"
+    return name
+
+
+def is_quantised(tensors: Mapping[str, TensorEntry]) -> bool:
+    """True if any tensor is stored in fewer than 16 bits, or belongs to one that is."""
+    return any(name.endswith(_QUANTISED) or entry.dtype not in FLOAT_DTYPES for name, entry in tensors.items())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

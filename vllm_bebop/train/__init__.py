@@ -1,0 +1,1 @@
+"""MTP heads in plain torch: maths, rollout, losses, training. Never imports vLLM."""
