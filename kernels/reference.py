@@ -324,9 +324,9 @@ def _scores(logits: Tensor, temperature: Tensor, dtype: torch.dtype, *, divide: 
         scores = scores / temperature.to(dtype)[:, None].masked_fill(is_greedy, 1.0)
     is_nan = scores.isnan()
     scores = scores.masked_fill(is_nan, NEG_INF).clamp(max=MAX_SCORE)
-    if is_greedy.any():
-        is_argmax = torch.zeros_like(is_nan).scatter_(1, scores.argmax(dim=1, keepdim=True), True)
-        scores = scores.masked_fill(is_greedy & ~is_argmax, NEG_INF)
+    # Unconditional, since draft sampling runs inside CUDA graphs: no branch may depend on the data.
+    is_argmax = torch.zeros_like(is_nan).scatter_(1, scores.argmax(dim=1, keepdim=True), True)
+    scores = scores.masked_fill(is_greedy & ~is_argmax, NEG_INF)
     return scores, is_nan.sum(dim=1)
 
 
@@ -379,9 +379,7 @@ def _check_logits(name: str, tensor: Tensor, shape: tuple[int | None, ...], devi
         raise ValueError(f"{name} has an empty vocabulary")
 
 
-def _check_requests(
-    batch: int, device: torch.device, temperature: Tensor, seeds: Tensor, positions: Tensor
-) -> None:
+def _check_requests(batch: int, device: torch.device, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
     _check("temperature", temperature, (batch,), torch.float32, device)
     _check("seeds", seeds, (batch,), torch.int64, device)
     _check("positions", positions, (batch,), torch.int64, device)

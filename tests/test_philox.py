@@ -103,6 +103,7 @@ np.savez(sys.argv[2], words=words.numpy(), uniforms=uniforms.numpy())
 def test_philox_equals_triton(tmp_path) -> None:
     pytest.importorskip("triton")
     seeds, counters = random_inputs(2_000)
+    counters[2] = Stream.THINNING_KEEP
     np.savez(tmp_path / "in.npz", seeds=seeds, counters=counters)
     (tmp_path / "program.py").write_text(TRITON_PROGRAM)
     # Triton reads TRITON_INTERPRET while it is imported, hence a process of its own.
@@ -112,19 +113,10 @@ def test_philox_equals_triton(tmp_path) -> None:
         check=True,
     )
     theirs = np.load(tmp_path / "out.npz")
-    c0, c1, c2, c3 = torch.from_numpy(counters)
-    ours = torch.stack(philox_4x32(torch.from_numpy(seeds), c0, c1, c2, c3))
-    assert np.array_equal(ours.numpy(), theirs["words"])
-    to_uniform = ((ours[0] >> 9).float() + 0.5) * 2.0**-23
-    assert np.array_equal(to_uniform.numpy(), theirs["uniforms"])
-    assert torch.equal(uniform(torch.from_numpy(seeds), c1, Stream.ACCEPT, c0, c3), uniform_by_numpy(seeds, c0, c1, c3))
-
-
-def uniform_by_numpy(seeds: np.ndarray, index: torch.Tensor, position: torch.Tensor, attempt: torch.Tensor):
-    """The documented counter layout (index, position, stream, attempt) and the documented bits -> float mapping."""
-    stream = np.full_like(index.numpy(), Stream.ACCEPT)
-    words = numpy_philox(seeds, np.stack([index.numpy(), position.numpy(), stream, attempt.numpy()]))[0]
-    return torch.from_numpy(((words >> 9) + 0.5) * 2.0**-23).float()
+    assert np.array_equal(theirs["words"], numpy_philox(seeds, counters))
+    c0, c1, _, c3 = torch.from_numpy(counters)
+    ours = uniform(torch.from_numpy(seeds), c1, Stream.THINNING_KEEP, c0, c3)
+    assert np.array_equal(ours.numpy(), theirs["uniforms"])
 
 
 def test_uniform_is_open_and_exact(monkeypatch) -> None:
@@ -134,7 +126,7 @@ def test_uniform_is_open_and_exact(monkeypatch) -> None:
     assert u.dtype == torch.float32
     assert u.double().tolist() == [2.0**-24, 2.0**-24, 3 * 2.0**-24, 0.5 + 2.0**-24, 1 - 2.0**-24]
     noise = gumbel(words, words, Stream.ACCEPT)
-    assert noise.isfinite().all() and -2.9 < noise.min() and noise.max() < 16.7
+    assert noise.isfinite().all() and noise.min() > -2.9 and noise.max() < 16.7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -18,7 +18,9 @@ def _main() -> None:
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="Target checkpoint: a directory or a Hub id.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Draft directory or Hub id; without it, the target's own head.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft directory or Hub id; default: the target's own head.")
+    ] = None,
 ) -> None:
     """Check the installation; with --model, also the head that would be served. Exit code 1 if anything is amiss."""
     from vllm_bebop import doctor as checks

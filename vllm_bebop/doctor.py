@@ -46,7 +46,8 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
         rows.append(Check("draft's copies", True, f"ignored, the target's are used: {', '.join(found.ignored)}"))
     rows += [Check("draft and target", False, warning) for warning in found.warnings]
     if not found.warnings:
-        rows.append(Check("draft and target", True, "they agree in family, sizes and numerics" + _lineage(found.metadata)))
+        lineage = "trained for these weights" if "base_fingerprint" in found.metadata else "trained for unknown weights"
+        rows.append(Check("draft and target", True, f"same family, sizes and numerics; {lineage}"))
     return rows
 
 
@@ -81,8 +82,9 @@ def _check_triton() -> Check:
         return Check("Triton", True, triton.__version__)
     import torch
 
-    needed = torch.cuda.is_available()
-    return Check("Triton", not needed, "not installed" + (": pip install triton" if needed else ", nor needed on a CPU"))
+    if torch.cuda.is_available():
+        return Check("Triton", False, "not installed: pip install triton")
+    return Check("Triton", True, "not installed, nor needed on a CPU")
 
 
 def _check_vllm() -> list[Check]:
@@ -105,7 +107,7 @@ def _check_allow_list() -> Check:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:
         return Check("VLLM_PLUGINS", True, "not set: every plugin is loaded")
-    listed = PLUGIN in (name.strip() for name in allowed.split(","))
+    listed = PLUGIN in allowed.split(",")  # as vLLM reads it: no blanks around the names
     return Check("VLLM_PLUGINS", listed, repr(allowed) + ("" if listed else f" leaves the plugin out: add {PLUGIN!r}"))
 
 
@@ -121,8 +123,3 @@ def _model_dir(model: str | Path) -> Path:
     except Exception as error:  # malformed name or not in the cache: either way there is nothing to look at
         problem = "neither a directory nor a model in the local Hub cache: download it first"
         raise CheckpointError(problem, path=model) from error
-
-
-def _lineage(draft_metadata: object) -> str:
-    known = isinstance(draft_metadata, dict) and "base_fingerprint" in draft_metadata
-    return ", and the draft was trained for these weights" if known else "; for which weights it was trained is unknown"

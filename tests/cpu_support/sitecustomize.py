@@ -5,10 +5,11 @@ each just before the package it concerns is first imported:
 
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
-* Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it is
-  there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
+* Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
+  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
 """
 
+import contextlib
 import importlib.abc
 import os
 import sys
@@ -20,10 +21,8 @@ def declare_torchvision_operators() -> None:
 
     for operator in ("nms", "qnms"):
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        try:
+        with contextlib.suppress(RuntimeError):  # a torchvision built for this PyTorch has declared it
             torch.library.define(f"torchvision::{operator}", schema)
-        except RuntimeError:
-            pass  # a torchvision built for this PyTorch has declared it
 
 
 def run_triton_on_the_cpu() -> None:

@@ -55,9 +55,9 @@ def g_test(counts: ArrayLike, probs: ArrayLike) -> float:
 
 
 def independence_test(table: ArrayLike) -> float:
-    """P-value of the likelihood-ratio test that rows and columns of a contingency table [rows, columns] are independent.
+    """P-value of the likelihood-ratio test that rows and columns of a table of counts [rows, columns] are independent.
 
-    Rows, then columns, whose smallest expected count is below MIN_EXPECTED_COUNT are left out, the rarest first.
+    The rarest rows and columns are left out until every expected count reaches MIN_EXPECTED_COUNT.
     """
     observed = np.asarray(table, dtype=np.float64)
     while True:

@@ -1,8 +1,8 @@
 """Loads the draft head and proves that the engine holds what the file says.
 
-Stock loaders accept a head with a missing linear layer or expert without a word, and acceptance falls to nothing. So the
-draft is loaded through a load format of its own, a public extension point of vLLM: every parameter is poisoned with NaN
-first, vLLM's own loader runs, and then
+Stock loaders accept a head with a missing linear layer or expert without a word, and acceptance falls to nothing. So
+the draft is loaded through a load format of its own, a public extension point of vLLM: every parameter is poisoned with
+NaN first, vLLM's own loader runs, and then
 
 * no NaN may be left: each element was written (checks fused and stacked parameters without knowing their layout);
 * on one rank, a checksum over all elements that does not depend on their order equals that of the file's tensors.
@@ -50,8 +50,8 @@ class BebopDraftLoader(DefaultModelLoader):
         unwritten = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
         if unwritten:
             raise DraftError(
-                f"draft {model_config.model}: these parameters were not (fully) loaded: {', '.join(unwritten)}. The head "
-                "is incomplete or holds NaN; `bebop doctor --model MODEL --draft DRAFT` names the tensors"
+                f"draft {model_config.model}: these parameters were not (fully) loaded: {', '.join(unwritten)}. The "
+                "head is incomplete or holds NaN; `bebop doctor --model MODEL --draft DRAFT` names the tensors"
             )
         self._compare(parameters, model_config)
 

@@ -2,7 +2,7 @@
 
 Upstream symbol: `vllm.engine.arg_utils.EngineArgs.create_speculative_config`. It runs after general plugins are loaded,
 before the model loads and before `VllmConfig(additional_config=...)` is built, so that our options can travel to every
-worker in there (multiprocessing and Ray executors alike). A public hook for speculative methods upstream would retire it.
+worker in there (multiprocessing and Ray executors alike). A public hook for speculative methods would retire it.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class BebopSampler(Sampler):
         return sample.token_ids, processed
 
     def process(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> torch.Tensor:
-        """Temperature, argmax-invariant processors, top-k and top-p; may work in place. [batch_size, vocab_size] fp32."""
+        """Temperature, other random-only processors, top-k and top-p on [batch_size, vocab_size] fp32, in place."""
         if sampling_metadata.all_greedy:
             return logits
         logits = self.apply_temperature(logits, sampling_metadata.temperature, sampling_metadata.all_random)

@@ -2,7 +2,7 @@
 
 V2 keeps everything by request slot: seeds, temperatures, the cached draft logits. Three methods are replaced, in
 subclasses made of whichever speculator and samplers vLLM built: drawing a draft token, verifying, and sampling without
-drafts. `sample_draft` runs inside CUDA graphs: no host synchronisation, no branch on data, nothing allocated that lives on.
+drafts. `sample_draft` runs inside CUDA graphs: no host synchronisation, no branch on data, no lasting allocation.
 
 Upstream symbols: `DraftModelSpeculator.{sample_draft, draft_logits, compute_draft_logits}`, `Sampler.{sample,
 apply_sampling_params, sampling_states}`, `RejectionSampler._verify`.
@@ -55,11 +55,10 @@ def _sample_draft(
     seeds: torch.Tensor,
     draft_step: torch.Tensor,
     draft_logits: torch.Tensor,
-    *step_arguments: Any,
-    **step_keywords: Any,
+    spec_step_idx: int = 0,
 ) -> torch.Tensor:
     """Draw one draft token per request and cache its logits. `sample_src_positions` precedes the token drawn by one."""
-    logits = self.compute_draft_logits(hidden_states, *step_arguments, **step_keywords)
+    logits = self.compute_draft_logits(hidden_states, spec_step_idx)
     slots = idx_mapping.long()
     draft_logits[slots, draft_step.long()] = logits.to(draft_logits.dtype)
     # q is what verification will read back: the cached logits, rounded as they were stored.

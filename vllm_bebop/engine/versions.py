@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
@@ -124,7 +125,7 @@ def missing_seams() -> list[str]:
     for seam in (*_INTAKE, *_RUNNER_V1, *_RUNNER_V2):
         module_name, path = seam.symbol.split(":")
         try:
-            found = importlib.import_module(module_name)
+            found: Any = importlib.import_module(module_name)
             for part in path.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
@@ -146,8 +147,8 @@ def require_supported_vllm() -> None:
     version = installed_vllm()
     if not _tested(version):
         raise BebopConfigError(
-            f"vLLM {version} has not been tested with bebop; supported: {', '.join(v + '.*' for v in TESTED_VERSIONS)}. "
-            "Install one of these, or a bebop release that lists yours"
+            f"vLLM {version} has not been tested with bebop; supported: {', '.join(v + '.*' for v in TESTED_VERSIONS)}"
+            ". Install one of these, or a bebop release that lists yours"
         )
     problems = missing_seams()
     if problems:

@@ -60,7 +60,9 @@ def __getattr__(name: str) -> type:
     elif name.startswith("Worker[") and name.endswith("]"):
         base = resolve_obj_by_qualname(name[len("Worker[") : -1].replace("/", "."))
         if not hasattr(base, "init_device") or not hasattr(base, "load_model"):
-            raise BebopConfigError(f"worker_cls {base.__module__}.{base.__qualname__} is not a subclass of vLLM's worker")
+            raise BebopConfigError(
+                f"worker_cls {base.__module__}.{base.__qualname__} is not a subclass of vLLM's worker"
+            )
         worker = _worker_over(base)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

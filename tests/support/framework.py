@@ -1,0 +1,17 @@
+"""Stand-ins for what RL frameworks bring along: a worker class and a worker extension of their own."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class FrameworkWorker(CPUWorker):
+    """A framework's worker, with a method it calls remotely."""
+
+    def framework_ping(self) -> str:
+        return f"pong from rank {self.rank}"
+
+
+class FrameworkExtension:
+    """What --worker-extension-cls names."""
+
+    def extension_ping(self) -> str:
+        return "pong from the extension"

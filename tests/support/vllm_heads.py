@@ -1,0 +1,74 @@
+"""Build each family's head in vLLM, load random tensors under our names, and report what vLLM makes of them.
+
+    python -m tests.support.vllm_heads qwen3_next glm4_moe
+
+Prints one JSON object: family -> [parameters left unwritten, whether vLLM's elements are exactly ours]. A process of its
+own, because vLLM's distributed state is global.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Only the model classes are wanted: no plugin, no network.
+os.environ |= {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+import torch
+from transformers import AutoConfig, Qwen2Config
+from vllm.config import set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tests.support.tiny_heads import config, head
+from vllm_bebop.tensor_files import add_checksums, element_checksum
+
+_FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
+
+
+class _MiMoConfig(Qwen2Config):
+    model_type = "mimo"  # released as remote code; vLLM needs nothing beyond Qwen2's keys
+
+
+AutoConfig.register("mimo", _MiMoConfig)
+
+
+def load_head(family: str, directory: Path) -> tuple[list[str], bool]:
+    (directory / "config.json").write_text(json.dumps(config(family)))
+    speculation = {"method": "mtp", "model": str(directory), "num_speculative_tokens": 1}
+    vllm_config = EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=64,
+        speculative_config=speculation,
+    ).create_engine_config()
+    with set_current_vllm_config(vllm_config):
+        init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    with set_default_torch_dtype(torch.bfloat16):
+        model = initialize_model(vllm_config, model_config=vllm_config.speculative_config.draft_model_config)
+    parameters = {n: p.data for n, p in model.named_parameters() if not any(part in n for part in _FROM_TARGET)}
+    for parameter in parameters.values():
+        parameter.fill_(float("nan"))
+    tensors = head(config(family))
+    model.load_weights(iter(tensors.items()))
+    unwritten = [name for name, parameter in parameters.items() if parameter.isnan().any()]
+    ours, theirs = (
+        add_checksums(*(element_checksum(tensor, torch.bfloat16) for tensor in held.values()))
+        for held in (tensors, parameters)
+    )
+    return unwritten, ours == theirs
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as directory:
+        report = {}
+        for family in sys.argv[1:]:
+            (place := Path(directory) / family).mkdir()
+            report[family] = load_head(family, place)
+    print(json.dumps(report))

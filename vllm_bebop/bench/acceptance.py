@@ -1,0 +1,219 @@
+"""The acceptance benchmark: methods x draft lengths x domains x temperatures on the real engine, resumable.
+
+Every (method, gamma) is one engine in a fresh process (`bench.measure`); what an engine has finished stays in the
+results file and is not run again unless the conditions have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, describe, write_json
+from vllm_bebop.bench.measure import METHODS, Job, measure
+from vllm_bebop.bench.prompts import builtin_texts, read_jsonl, tokenise
+
+_LOG_TAIL_LINES = 40
+_NOTES = (
+    "acceptance_length: accepted drafts per round plus the one token that the target always adds, 1 .. gamma + 1.",
+    "acceptance_per_position[i]: share of rounds that accepted at least i + 1 drafts.",
+    "Rounds: only those that began with gamma + 1 tokens or more still to generate, so that the length limit cut none.",
+    "tokens_per_target_step: every token over every target step of its request, prompts and cut rounds included.",
+    "expected: exact expectation (Transformers, fp32) over the same rounds on the text that the engine generated.",
+    "interval_95: bootstrap over requests.",
+    "tok_s: all requests of a cell at once, prompts included; on a CPU it says nothing about a GPU.",
+    MEND_CPU_NOTE,
+)
+
+
+class BenchError(RuntimeError):
+    """An engine failed, or a sweep asks for something that cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to measure.
+
+    Args:
+        model, draft: directory or Hub id; without a draft, the model's own head.
+        prompts: token ids by domain.
+        gammas: numbers of draft tokens.
+        temperatures: above 0.
+        max_tokens: generated per request; end-of-text is ignored.
+        expectation: compare with the exact expectation, which loads the model in Transformers, in fp32.
+    Raises:
+        BenchError: an empty or impossible sweep.
+    """
+
+    model: str
+    prompts: Mapping[str, Sequence[Sequence[int]]]
+    draft: str | None = None
+    methods: tuple[str, ...] = tuple(METHODS)
+    gammas: tuple[int, ...] = (3,)
+    temperatures: tuple[float, ...] = (0.3, 0.7, 1.0)
+    max_tokens: int = 64
+    seed: int = 0
+    expectation: bool = True
+
+    def __post_init__(self) -> None:
+        if unknown := [method for method in self.methods if method not in METHODS]:
+            raise BenchError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+        if not (self.methods and self.gammas and self.temperatures and self.prompts):
+            raise BenchError("nothing to measure: methods, gammas, temperatures and domains must not be empty")
+        if min(self.temperatures) <= 0:
+            raise BenchError("temperatures must be above 0: greedy requests accept the same under every method")
+        if min(self.gammas) < 1 or self.max_tokens <= max(self.gammas) + 1:
+            raise BenchError("gammas must be at least 1, and max_tokens above gamma + 1")
+
+    def conditions(self) -> dict[str, Any]:
+        """All that a cell's numbers depend on, besides its own method, gamma, domain and temperature."""
+        texts = json.dumps({domain: list(map(list, prompts)) for domain, prompts in self.prompts.items()})
+        return describe(self.model, self.draft) | {
+            "domains": {domain: len(prompts) for domain, prompts in self.prompts.items()},
+            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
+            "temperatures": list(self.temperatures),
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "expectation": self.expectation,
+        }
+
+    def jobs(self) -> list[Job]:
+        """One per (method, gamma)."""
+        prompts = {domain: [list(prompt) for prompt in each] for domain, each in self.prompts.items()}
+        return [
+            Job(
+                method,
+                gamma,
+                self.model,
+                self.draft,
+                prompts,
+                self.temperatures,
+                self.max_tokens,
+                self.seed,
+                self.expectation,
+            )
+            for gamma in self.gammas
+            for method in self.methods
+        ]
+
+
+def load_prompts(
+    model: str, domains: Sequence[str], data: Mapping[str, str], count: int, max_tokens: int, seed: int
+) -> dict[str, list[list[int]]]:
+    """Token ids by domain: built-in `domains`, then the JSONL files of `data` (name -> path).
+
+    Args:
+        count: prompts per domain; max_tokens: of each.
+    Raises:
+        PromptError: a domain is unknown or a file malformed.
+    """
+    texts: dict[str, Sequence[Any]] = {domain: builtin_texts(domain, count, seed) for domain in domains}
+    texts |= {name: read_jsonl(path, count, seed) for name, path in data.items()}
+    tokenizer = None
+    if any(isinstance(text, str) for each in texts.values() for text in each):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    return {name: tokenise(each, tokenizer, max_tokens) for name, each in texts.items()}
+
+
+def run(sweep: Sweep, output: Path, run_job: Callable[[Job, Any], list[dict[str, Any]]] | None = None) -> dict[str, Any]:
+    """Measure what `output` does not hold yet; the file is written after every engine and also returned.
+
+    Args:
+        output: JSON; see its "notes" for the meaning of every number.
+        run_job: measures one engine; tests put their own here.
+    Raises:
+        BenchError: an engine failed; what had finished before is kept.
+    """
+    conditions, jobs = sweep.conditions(), sweep.jobs()
+    results = _resume(output, conditions)
+    done = {(engine["method"], engine["num_speculative_tokens"]) for engine in results["engines"]}
+    waiting = [job for job in jobs if (job.method, job.num_speculative_tokens) not in done]
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} engines are in {output} already")
+    with tqdm(total=sum(job.num_ticks for job in waiting), unit="cell", disable=not waiting) as progress:
+        for job in waiting:
+            progress.set_description(f"{job.method}, gamma {job.num_speculative_tokens}")
+            started = time.monotonic()
+            cells = (run_job or _run_job)(job, progress)
+            results["engines"].append(
+                {
+                    "method": job.method,
+                    "num_speculative_tokens": job.num_speculative_tokens,
+                    "command": command_line(),
+                    "wall_s": round(time.monotonic() - started, 1),
+                    "cells": cells,
+                }
+            )
+            write_json(output, results)
+    return results
+
+
+def _resume(output: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The results so far if they were measured under the same conditions, else none."""
+    fresh = {"conditions": conditions, "notes": list(_NOTES), "engines": []}
+    try:
+        found = json.loads(output.read_text())
+    except (OSError, ValueError):
+        return fresh
+    before = found.get("conditions", {})
+    if changed := [key for key in conditions.keys() | before.keys() if conditions.get(key) != before.get(key)]:
+        print(f"{output} was measured under other conditions ({', '.join(sorted(changed))}): starting afresh")
+        return fresh
+    return found
+
+
+def _run_job(job: Job, progress: Any) -> list[dict[str, Any]]:
+    """`measure` in a fresh process: an engine must not inherit another's environment, patches or memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        process = context.Process(target=measure, args=(job, sender, log.name))
+        process.start()
+        sender.close()  # the child's copy stays: its end is ours to see
+        cells = None
+        try:
+            while cells is None:
+                cells = receiver.recv()
+                progress.update(cells is None)
+        except EOFError:
+            process.join()
+            tail = "\n".join(Path(log.name).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+            raise BenchError(
+                f"{job.method} with {job.num_speculative_tokens} draft tokens failed; the end of its log:\n{tail}"
+            ) from None
+        finally:
+            if cells is None:
+                process.terminate()
+            process.join()
+    return cells
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The acceptance lengths as text, a row per domain and temperature, a column per engine; (expected) beside each."""
+    engines = results["engines"]
+    columns = [f"{engine['method']} g={engine['num_speculative_tokens']}" for engine in engines]
+    lines = ["  ".join([f"{'domain':<12}{'T':>5}", *(f"{column:>24}" for column in columns)])]
+    for row in range(len(engines[0]["cells"])):
+        cell = engines[0]["cells"][row]
+        lines.append(
+            "  ".join(
+                [f"{cell['domain']:<12}{cell['temperature']:>5}", *(f"{_shown(e['cells'][row]):>24}" for e in engines)]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _shown(cell: Mapping[str, Any]) -> str:
+    expected = f" ({cell['expected']['acceptance_length']:.3f})" if "expected" in cell else ""
+    return f"{cell['acceptance_length']['mean']:.3f}{expected}"

@@ -1,0 +1,200 @@
+"""One engine, in a process of its own: serve every domain and temperature, then compute what should have come out.
+
+`measure` is the process's entry point; vLLM is imported only there, after its environment is set.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from vllm_bebop.bench.conditions import MEND_CPU, engine_environment, engine_options, on_cpu
+from vllm_bebop.bench.counters import Counters, from_llm
+from vllm_bebop.bench.rounds import (
+    Generation,
+    accepted_at_least,
+    check_against_counters,
+    ratio_with_interval,
+)
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to draft and accept: vLLM's speculative config, and which of `expectation.SURVIVAL` it must agree with."""
+
+    speculative_config: dict[str, Any]
+    acceptance: str
+
+    @property
+    def is_stock(self) -> bool:
+        return self.speculative_config["method"] != "bebop"
+
+
+METHODS = {
+    "stock_greedy": Method({"method": "mtp"}, "target_only"),
+    "stock_probabilistic": Method({"method": "mtp", "draft_sample_method": "probabilistic"}, "rejection"),
+    "bebop_target_only": Method({"method": "bebop", "acceptance": "target_only"}, "target_only"),
+    "bebop_rejection": Method({"method": "bebop"}, "rejection"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine's work. prompts: token ids by domain; max_tokens: generated per request, end-of-text ignored."""
+
+    method: str
+    num_speculative_tokens: int
+    model: str
+    draft: str | None
+    prompts: dict[str, list[list[int]]]
+    temperatures: tuple[float, ...]
+    max_tokens: int
+    seed: int
+    expectation: bool
+
+    @property
+    def num_ticks(self) -> int:
+        """How many times `measure` reports progress."""
+        return len(self.prompts) * len(self.temperatures) * (2 if self.expectation else 1)
+
+
+@dataclass(frozen=True)
+class _Served:
+    domain: str
+    temperature: float
+    generations: list[Generation]
+    wall_s: float
+
+
+def measure(job: Job, results: Connection, log_path: str) -> None:
+    """Run the job; sends None for each unit of progress, then the list of finished cells. Output goes to `log_path`."""
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(engine_environment(job.model))
+    if METHODS[job.method].is_stock and on_cpu():
+        os.environ.update(MEND_CPU)
+
+    served = []
+    for cell in _serve(job):
+        served.append(cell)
+        results.send(None)
+    expected: list[list[Any] | None] = [None] * len(served)
+    if job.expectation:
+        for index, survival in enumerate(_expect(job, served)):
+            expected[index] = survival
+            results.send(None)
+    results.send([_summary(job, cell, survival) for cell, survival in zip(served, expected, strict=True)])
+
+
+def _serve(job: Job) -> Iterator[_Served]:
+    from vllm import LLM
+
+    longest = max(len(prompt) for prompts in job.prompts.values() for prompt in prompts)
+    speculation = METHODS[job.method].speculative_config | {"num_speculative_tokens": job.num_speculative_tokens}
+    if job.draft is not None:
+        speculation["model"] = job.draft
+    llm = LLM(
+        job.model,
+        speculative_config=speculation,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        enable_prefix_caching=False,  # the same prompts come again at every temperature; each time counts alike
+        max_model_len=longest + job.max_tokens + job.num_speculative_tokens + 1,
+        seed=job.seed,
+        **engine_options(),
+    )
+    _generate(llm, [next(iter(job.prompts.values()))[0]], 1.0, 4)  # first-use costs, kept out of the times
+    for domain, prompts in job.prompts.items():
+        for temperature in job.temperatures:
+            before = from_llm(llm.get_metrics())
+            started = time.perf_counter()
+            generations = _generate(llm, prompts, temperature, job.max_tokens)
+            wall_s = time.perf_counter() - started
+            counted: Counters = from_llm(llm.get_metrics()) - before
+            check_against_counters(generations, counted, job.num_speculative_tokens)
+            yield _Served(domain, temperature, generations, wall_s)
+    llm.llm_engine.engine_core.shutdown()  # frees the GPU for the expectation
+
+
+def _generate(llm: LLM, prompts: list[list[int]], temperature: float, max_tokens: int) -> list[Generation]:
+    """All prompts at once, step by step: each engine step hands out what one target step of a request gave."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        ignore_eos=True,  # a fixed length, so that what a round drew does not decide whether it counts
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    generations = {str(index): Generation(prompt, []) for index, prompt in enumerate(prompts)}
+    for request_id, generation in generations.items():
+        llm.llm_engine.add_request(request_id, {"prompt_token_ids": generation.prompt_token_ids}, params)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if token_ids := list(output.outputs[0].token_ids):
+                generations[output.request_id].steps.append(token_ids)
+    return list(generations.values())
+
+
+def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
+    """For each cell, by request: expected survival of its rounds, [num_speculative_tokens, rounds]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_bebop.bench.expectation import expected_survival
+    from vllm_bebop.train.heads import load_head
+
+    device = "cpu" if on_cpu() else "cuda"
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval().to(device)
+    head = load_head(job.draft or job.model, model)
+    for cell in served:
+        yield [
+            expected_survival(
+                model,
+                head,
+                generation.token_ids,
+                [generation.anchor(round_) for round_ in generation.rounds(job.num_speculative_tokens)],
+                job.num_speculative_tokens,
+                cell.temperature,
+                METHODS[job.method].acceptance,
+            ).numpy()
+            for generation in cell.generations
+        ]
+
+
+def _summary(job: Job, cell: _Served, expected: list[Any] | None) -> dict[str, Any]:
+    """One cell of the results; every average is over rounds, every interval over requests."""
+    rounds = [generation.rounds(job.num_speculative_tokens) for generation in cell.generations]
+    counts = [len(each) for each in rounds]
+    accepted = [accepted_at_least(each, job.num_speculative_tokens).sum(1) for each in rounds]
+    num_generated = sum(generation.num_generated for generation in cell.generations)
+    summary = {
+        "domain": cell.domain,
+        "temperature": cell.temperature,
+        "num_requests": len(counts),
+        "num_rounds": sum(counts),
+        "acceptance_length": ratio_with_interval([1 * n + a.sum() for n, a in zip(counts, accepted, strict=True)], counts),
+        "acceptance_per_position": ratio_with_interval(accepted, counts),
+        "tokens_per_target_step": round(num_generated / sum(len(each.steps) for each in cell.generations), 4),
+        "tok_s": round(num_generated / cell.wall_s, 1),
+    }
+    if expected is not None:
+        chances = [each.sum(1) for each in expected]
+        summary["expected"] = {
+            "acceptance_length": round(1 + float(sum(c.sum() for c in chances)) / sum(counts), 5),
+            "acceptance_per_position": ratio_with_interval(chances, counts)["mean"],
+        }
+        summary["measured_minus_expected"] = ratio_with_interval(
+            [float((a - c).sum()) for a, c in zip(accepted, chances, strict=True)], counts
+        )
+    return summary
