@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from vllm_bebop.families import Config, Family, FamilyError, recognise
 from vllm_bebop.head_checks import (
@@ -125,6 +125,7 @@ def read_draft(path: str | Path, target_config: Config, target_dir: str | Path |
     try:
         config = read_json(path / CONFIG_FILE)
         family = recognise(config)
+        family.expected_tensors(config)  # every size that the checks below need is there
     except CheckpointError as error:
         raise DraftError(*problems, *error.problems, path=path) from None
     except FamilyError as error:
@@ -226,7 +227,8 @@ def write_draft(
     if path.exists() and not (path / METADATA_FILE).is_file():
         raise DraftError(f"exists and holds no {METADATA_FILE}: not ours to replace, remove it yourself", path=path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.parent / f".{path.name}.{uuid4().hex}"  # beside it: a rename must not cross file systems
+    temporary.mkdir()  # not mkdtemp, whose directories only their owner may read
     try:
         shards = _shards(tensors, shard_bytes)
         index: dict[str, str] = {}
@@ -331,15 +333,14 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
+    old = path.parent / f".{path.name}.{uuid4().hex}"
     path.rename(old)
     try:
         new.rename(path)
     except OSError:
         old.rename(path)
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -26,7 +26,6 @@ def config_problems(family: Family, config: Config, target_config: Config) -> li
     """Why a draft of this config cannot serve this target."""
     try:
         target_family = recognise(target_config)
-        family.expected_tensors(config)  # names a size that is missing
     except FamilyError as error:
         return [str(error)]
     if family is not target_family:

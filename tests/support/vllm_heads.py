@@ -2,8 +2,8 @@
 
     python -m tests.support.vllm_heads qwen3_next glm4_moe
 
-Prints one JSON object: family -> [parameters left unwritten, whether vLLM's elements are exactly ours]. A process of its
-own, because vLLM's distributed state is global.
+Prints one JSON object: family -> [parameters left unwritten, whether vLLM's elements are exactly ours]. A process of
+its own, because vLLM's distributed state is global.
 """
 
 import json

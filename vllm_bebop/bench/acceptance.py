@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, describe, write_json
+from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe, write_json
 from vllm_bebop.bench.measure import METHODS, Job, measure
 from vllm_bebop.bench.prompts import builtin_texts, read_jsonl, tokenise
 
@@ -126,7 +126,9 @@ def load_prompts(
     return {name: tokenise(each, tokenizer, max_tokens) for name, each in texts.items()}
 
 
-def run(sweep: Sweep, output: Path, run_job: Callable[[Job, Any], list[dict[str, Any]]] | None = None) -> dict[str, Any]:
+def run(
+    sweep: Sweep, output: Path, run_job: Callable[[Job, Any], list[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
     """Measure what `output` does not hold yet; the file is written after every engine and also returned.
 
     Args:
@@ -151,6 +153,7 @@ def run(sweep: Sweep, output: Path, run_job: Callable[[Job, Any], list[dict[str,
                     "method": job.method,
                     "num_speculative_tokens": job.num_speculative_tokens,
                     "command": command_line(),
+                    "commit": commit(),
                     "wall_s": round(time.monotonic() - started, 1),
                     "cells": cells,
                 }
@@ -200,17 +203,20 @@ def _run_job(job: Job, progress: Any) -> list[dict[str, Any]]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The acceptance lengths as text, a row per domain and temperature, a column per engine; (expected) beside each."""
-    engines = results["engines"]
-    columns = [f"{engine['method']} g={engine['num_speculative_tokens']}" for engine in engines]
-    lines = ["  ".join([f"{'domain':<12}{'T':>5}", *(f"{column:>24}" for column in columns)])]
-    for row in range(len(engines[0]["cells"])):
-        cell = engines[0]["cells"][row]
-        lines.append(
-            "  ".join(
-                [f"{cell['domain']:<12}{cell['temperature']:>5}", *(f"{_shown(e['cells'][row]):>24}" for e in engines)]
-            )
-        )
+    """The acceptance lengths as text, the exact expectation in brackets, and how often the two agree."""
+    temperatures = results["conditions"]["temperatures"]
+    lines = [f"{'method':<22}{'gamma':>5}  {'domain':<12}" + "".join(f"{f'T = {t}':>16}" for t in temperatures)]
+    agreeing = compared = 0
+    for engine in results["engines"]:
+        for domain in results["conditions"]["domains"]:
+            cells = [cell for cell in engine["cells"] if cell["domain"] == domain]
+            gamma = engine["num_speculative_tokens"]
+            lines.append(f"{engine['method']:<22}{gamma:>5}  {domain:<12}" + "".join(f"{_shown(c):>16}" for c in cells))
+            intervals = [cell["measured_minus_expected"]["interval_95"] for cell in cells if "expected" in cell]
+            compared += sum(interval is not None for interval in intervals)
+            agreeing += sum(interval is not None and interval[0] <= 0 <= interval[1] for interval in intervals)
+    if compared:
+        lines += ["", f"Measured and expected agree within the 95 % interval in {agreeing} of {compared} cells."]
     return "\n".join(lines)
 
 

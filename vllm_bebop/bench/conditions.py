@@ -1,4 +1,4 @@
-"""What a measurement depends on, recorded beside every result; and the few settings that a machine without a GPU needs."""
+"""What a measurement depends on, recorded beside every result; and the settings that a machine without a GPU needs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from typing import Any
 
 MEND_CPU = {"VLLM_BEBOP_MEND_CPU": "1"}
 MEND_CPU_NOTE = (
-    "On a CPU the stock baselines run with VLLM_BEBOP_MEND_CPU=1, which mends vLLM issue #55005 (the stock sampler reads "
-    "uninitialised temperatures there); without it their acceptance is meaningless. bebop's own path does not need it."
+    "On a CPU the stock baselines run with VLLM_BEBOP_MEND_CPU=1, which mends vLLM issue #55005 (the stock sampler "
+    "reads uninitialised temperatures there); without it their acceptance is meaningless. bebop does not need it."
 )
 # Several servers share few cores and little memory: 1 GiB of cache each, no core of one's own.
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-QUIET_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
+_CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# `on_cpu` asks the CUDA driver, after which a forked child could not use it.
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 _PACKAGES = ("vllm", "torch", "transformers")
 
 
@@ -35,9 +36,9 @@ def on_cpu() -> bool:
 
 def engine_environment(model: str) -> dict[str, str]:
     """Environment variables for an engine process; nothing is looked up on the Hub for a local model."""
-    environment = dict(QUIET_ENVIRONMENT)
+    environment = dict(_ENVIRONMENT)
     if on_cpu():
-        environment |= CPU_ENVIRONMENT
+        environment |= _CPU_ENVIRONMENT
     if Path(model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     return environment
@@ -49,7 +50,7 @@ def engine_options() -> dict[str, Any]:
 
 
 def describe(model: str, draft: str | None = None) -> dict[str, Any]:
-    """Model, draft, device, versions and commit, JSON-serialisable. Local paths are relative to the working directory."""
+    """Model, draft, device, versions and our code, JSON-serialisable. Paths are relative to the working directory."""
     return {
         "model": shown_path(model),
         "model_sha256": _model_digest(model),
@@ -57,7 +58,7 @@ def describe(model: str, draft: str | None = None) -> dict[str, Any]:
         "draft_sha256": _head_digest(model if draft is None else draft),
         "device": device_name(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "commit": commit(),
+        "code_sha256": _code_digest(),
     }
 
 
@@ -117,6 +118,17 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _code_digest() -> str:
+    """Over every source file of the package. A commit would not do: results and documents are committed too."""
+    import vllm_bebop.kernels
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parents[1], Path(next(iter(vllm_bebop.kernels.__path__)))):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _model_digest(model: str) -> str | None:

@@ -183,7 +183,9 @@ def _summary(job: Job, cell: _Served, expected: list[Any] | None) -> dict[str, A
         "temperature": cell.temperature,
         "num_requests": len(counts),
         "num_rounds": sum(counts),
-        "acceptance_length": ratio_with_interval([1 * n + a.sum() for n, a in zip(counts, accepted, strict=True)], counts),
+        "acceptance_length": ratio_with_interval(
+            [1 * n + a.sum() for n, a in zip(counts, accepted, strict=True)], counts
+        ),
         "acceptance_per_position": ratio_with_interval(accepted, counts),
         "tokens_per_target_step": round(num_generated / sum(len(each.steps) for each in cell.generations), 4),
         "tok_s": round(num_generated / cell.wall_s, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -117,10 +118,10 @@ def _read_line(line: str) -> Text:
 
 def _definitions(rng: random.Random) -> Iterator[str]:
     """From each module, in random order, the source from one of its functions or classes on."""
-    for source in _modules(rng):
+    for source, tree in _modules(rng):
         lines = source.splitlines(keepends=True)
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        starts = [node.lineno - 1 for node in ast.parse(source).body if isinstance(node, kinds)]
+        starts = [node.lineno - 1 for node in tree.body if isinstance(node, kinds)]
         candidates = [text for start in starts if len(text := "".join(lines[start:])[:_MAX_CHARS]) >= _MIN_CHARS]
         if candidates:
             yield rng.choice(candidates)
@@ -132,30 +133,42 @@ def _documentation(rng: random.Random) -> Iterator[str]:
 
     names = sorted(topics)
     rng.shuffle(names)
-    docstrings = (text for source in _modules(rng) if (text := ast.get_docstring(ast.parse(source))))
+    docstrings = (text for _, tree in _modules(rng) if (text := ast.get_docstring(tree)))
     for pair in zip((topics[name] for name in names), docstrings, strict=False):
-        for text in pair:
+        for text in map(_running_text, pair):
             if len(text) >= _MIN_CHARS:
-                paragraphs = text[: len(text) - _MIN_CHARS].split("\n\n")
-                skipped = rng.randrange(len(paragraphs))
-                yield "\n\n".join(text.split("\n\n")[skipped:])[:_MAX_CHARS]
+                starts = text[: len(text) - _MIN_CHARS].count("\n\n")
+                yield "\n\n".join(text.split("\n\n")[rng.randint(0, starts) :])[:_MAX_CHARS]
 
 
-def _modules(rng: random.Random) -> Iterator[str]:
-    """Sources of the standard library in random order, tests and character tables left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in sorted(root.rglob("*.py")) if _is_library(path.relative_to(root).parts)]
+def _running_text(text: str) -> str:
+    """Paragraphs with their lines joined; whatever is indented or underlined keeps its lines."""
+    paragraphs = (paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", text))
+    flat = (p if re.search(r"^\s|^[-=*~+]{3,}", p, re.MULTILINE) else p.replace("\n", " ") for p in paragraphs)
+    return "\n\n".join(p for p in flat if p.strip())
+
+
+def _modules(rng: random.Random) -> Iterator[tuple[str, ast.Module]]:
+    """Source and syntax tree of every module of the standard library, in random order."""
+    paths = sorted(_library(Path(sysconfig.get_paths()["stdlib"])))
     rng.shuffle(paths)
     for path in paths:
         try:
             with tokenize.open(path) as file:
                 source = file.read()
-            ast.parse(source)
+            tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
-        yield source
+        yield source, tree
 
 
-def _is_library(parts: tuple[str, ...]) -> bool:
-    # _sysconfigdata and config-* record the build, and name the machine that it was made on.
-    return _NO_LIBRARY.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-"))
+def _library(folder: Path) -> Iterator[Path]:
+    """Python files below `folder`, without tests, programs and character tables."""
+    for path in folder.iterdir():
+        # _sysconfigdata and config-* record the build, and name the machine that it was made on.
+        if path.name in _NO_LIBRARY or path.name.startswith(("_sysconfigdata", "config-")):
+            continue
+        if path.suffix == ".py":
+            yield path
+        elif path.is_dir():
+            yield from _library(path)

@@ -41,7 +41,7 @@ class Generation:
         return sum(map(len, self.steps))
 
     def rounds(self, num_speculative_tokens: int) -> list[Round]:
-        """The rounds that the length limit cannot have cut: at least num_speculative_tokens + 1 tokens were still to come.
+        """The rounds that the length limit cannot have cut: num_speculative_tokens + 1 tokens or more were to come.
 
         Whether a round counts is thus settled before it runs. Leaving out the rounds that were in fact cut would prefer
         the short ones.
@@ -77,7 +77,7 @@ def check_against_counters(generations: Iterable[Generation], counters: Counters
         problems.append(f"{len(rounds)} rounds in the outputs, {counters.num_drafts} drafts counted")
     if counters.num_draft_tokens != counters.num_drafts * num_speculative_tokens:
         problems.append(
-            f"{counters.num_draft_tokens} draft tokens counted in {counters.num_drafts} drafts of {num_speculative_tokens}"
+            f"{counters.num_draft_tokens} tokens counted in {counters.num_drafts} drafts of {num_speculative_tokens}"
         )
     counted_at = [*counters.accepted_per_position] or [0] * num_speculative_tokens
     for position, counted in enumerate(counted_at, start=1):

@@ -22,7 +22,7 @@ from vllm_bebop.bench.counters import Counters, parse_metrics
 
 _GRACE_S = 15  # between the request to end and the order
 _LOG_TAIL_LINES = 40
-_LINE_EVERY_S = 15  # of progress, where there is no terminal
+_LINE_EVERY_S = 15.0  # of progress, where there is no terminal
 
 
 class ServerError(RuntimeError):
@@ -127,26 +127,34 @@ def wait_until_ready(servers: Iterable[Server], timeout_s: float = 300) -> None:
     Raises:
         ServerError: one has died, or does not answer within `timeout_s`.
     """
-    waiting, started = list(servers), time.monotonic()
-    next_line_s = 0.0
+    waiting, started, progress = list(servers), time.monotonic(), ProgressLine()
     while waiting := [server for server in waiting if not server.is_ready()]:
         elapsed_s = time.monotonic() - started
         names = ", ".join(server.name for server in waiting)
         if elapsed_s > timeout_s:
             raise ServerError(f"{names}: no answer within {timeout_s:.0f} s; {waiting[0]._log_tail()}")
-        if elapsed_s >= next_line_s:
-            show_progress(f"starting {names} ... {elapsed_s:.0f} s")
-            next_line_s = elapsed_s + (0 if sys.stderr.isatty() else _LINE_EVERY_S)
+        progress.show(f"starting {names} ... {elapsed_s:.0f} s")
         time.sleep(1)
-    show_progress("")
+    progress.clear()
 
 
-def show_progress(message: str) -> None:
-    """On a terminal, one line that the next call overwrites (an empty message clears it); elsewhere a line of a log."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
-    elif message:
-        print(message, file=sys.stderr, flush=True)
+class ProgressLine:
+    """On a terminal, one line that is overwritten; elsewhere a line of a log now and then."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._last_line = -_LINE_EVERY_S
+
+    def show(self, message: str) -> None:
+        if self._on_terminal:
+            print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            print(message, file=sys.stderr, flush=True)
+            self._last_line = time.monotonic()
+
+    def clear(self) -> None:
+        if self._on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

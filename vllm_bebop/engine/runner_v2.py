@@ -4,22 +4,30 @@ V2 keeps everything by request slot: seeds, temperatures, the cached draft logit
 subclasses made of whichever speculator and samplers vLLM built: drawing a draft token, verifying, and sampling without
 drafts. `sample_draft` runs inside CUDA graphs: no host synchronisation, no branch on data, no lasting allocation.
 
-Upstream symbols: `DraftModelSpeculator.{sample_draft, draft_logits, compute_draft_logits}`, `Sampler.{sample,
-apply_sampling_params, sampling_states}`, `RejectionSampler._verify`.
+The argument lists of these methods differ between versions of vLLM, so each replacement takes them by name, in a dict;
+engine/versions.py says which names it needs.
+
+Upstream symbols: `DraftModelSpeculator.{sample_draft, draft_logits}`, `Sampler.{sample, apply_sampling_params,
+sampling_states}`, `RejectionSampler._verify`.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_bebop.config import BebopConfig
+from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE, sample_reference, verify_reference
 
 # A token drawn straight from the target uses the noise of a bonus token: see runner_v1.
 _TARGET_STREAMS = (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)
+
+Arguments = dict[str, Any]
 
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
@@ -41,110 +49,79 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     _subclass(runner.rejection_sampler, _verify=_verify)
 
 
-def _subclass(instance: Any, **methods: Any) -> None:
+def _subclass(instance: Any, **replacements: Callable[[Any, Arguments], Any]) -> None:
+    """Give `instance` a class in which each named method takes its arguments by upstream's names, as one dict."""
     base = type(instance)
+    methods = {name: _by_name(getattr(base, name), function) for name, function in replacements.items()}
     instance.__class__ = type(f"Bebop{base.__name__}", (base,), {"__module__": __name__, **methods})
 
 
-def _sample_draft(
-    self: Any,
-    hidden_states: torch.Tensor,
-    sample_src_positions: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    draft_step: torch.Tensor,
-    draft_logits: torch.Tensor,
-    spec_step_idx: int = 0,
-) -> torch.Tensor:
-    """Draw one draft token per request and cache its logits. `sample_src_positions` precedes the token drawn by one."""
-    logits = self.compute_draft_logits(hidden_states, spec_step_idx)
-    slots = idx_mapping.long()
-    draft_logits[slots, draft_step.long()] = logits.to(draft_logits.dtype)
-    # q is what verification will read back: the cached logits, rounded as they were stored.
-    sample = sample_reference(
-        logits.to(draft_logits.dtype), temperature[slots], seeds[slots], sample_src_positions.long() + 1
-    )
-    return sample.token_ids
+def _by_name(upstream: Callable[..., Any], function: Callable[[Any, Arguments], Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(upstream).parameters)[1:]
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, dict(zip(names, args, strict=False)) | kwargs)
+
+    return method
 
 
-def _verify(
-    self: Any,
-    logits: torch.Tensor,
-    draft_logits: torch.Tensor | None,
-    draft_sampled: torch.Tensor,
-    pos: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    idx_mapping_np: Any,
-    expanded_idx_mapping: torch.Tensor,
-    expanded_local_pos: torch.Tensor,
-    seq_lens_upper_bound_np: Any,
-    verify_draft_sampled: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Processed logits, accepted and recovered or bonus tokens [B, num_speculative_tokens + 1], and their count [B]."""
-    processed = self.sampler.apply_sampling_params(
-        logits,
-        expanded_idx_mapping,
-        idx_mapping,
-        idx_mapping_np,
-        pos,
-        draft_sampled,
-        expanded_local_pos,
-        seq_lens_upper_bound_np,
-    )
-    drafted = draft_sampled if verify_draft_sampled is None else verify_draft_sampled
-    states = self.sampler.sampling_states
-    slots = idx_mapping.long()
+def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
+    """Draw one draft token per request and cache its logits: [num_reqs] int64."""
+    hidden_states, cache = given["hidden_states"], given["draft_logits"]
+    slots = given["idx_mapping"].long()
+    if hasattr(speculator, "compute_draft_logits"):
+        logits = speculator.compute_draft_logits(hidden_states, given.get("spec_step_idx", 0))
+    else:
+        logits = speculator.model.compute_logits(hidden_states)
+    logits = logits.to(cache.dtype)  # q is what verification reads back: the logits as they were stored
+    cache[slots, given["draft_step"].long()] = logits
+    ((name, offset),) = ((name, offset) for name, offset in DRAFT_POSITION_ARGUMENTS.items() if name in given)
+    return sample_reference(
+        logits, given["temperature"][slots], given["seeds"][slots], given[name].long() + offset
+    ).token_ids
+
+
+def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Processed logits, output tokens [num_reqs, num_speculative_steps + 1] and their number [num_reqs]."""
+    sampler = rejection_sampler.sampler
+    processed = _processed_logits(sampler, given | {"input_ids": given["draft_sampled"]})
+    # A grammar may have ruled out drafts that only verification must not see (newer versions).
+    drafted: torch.Tensor = given["verify_draft_sampled" if "verify_draft_sampled" in given else "draft_sampled"]
+    slots, cu_num_logits, draft_logits = given["idx_mapping"].long(), given["cu_num_logits"], given["draft_logits"]
     first_rows = cu_num_logits[:-1].long()
     num_draft_tokens = torch.diff(cu_num_logits).long() - 1
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1.
-    steps = torch.arange(self.num_speculative_steps, device=logits.device)
+    steps = torch.arange(rejection_sampler.num_speculative_steps, device=processed.device)
     rows = (first_rows[:, None] + 1 + steps).clamp_(max=drafted.shape[0] - 1)
-    draft_token_ids = drafted[rows].long().masked_fill(steps >= num_draft_tokens[:, None], -1)
     verification = verify_reference(
         processed,
-        draft_token_ids,
+        drafted[rows].long().masked_fill(steps >= num_draft_tokens[:, None], -1),
         None if draft_logits is None else draft_logits[slots],
         num_draft_tokens,
-        states.temperature.gpu[slots],
-        states.seeds.gpu[slots],
-        pos[first_rows].long() + 1,
+        sampler.sampling_states.temperature.gpu[slots],
+        sampler.sampling_states.seeds.gpu[slots],
+        given["pos"][first_rows].long() + 1,
         target_is_processed=True,
     )
     return processed, verification.token_ids, verification.num_accepted.to(torch.int32) + 1
 
 
-def _sample(
-    self: Any,
-    logits: torch.Tensor,
-    expanded_idx_mapping: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    idx_mapping_np: Any,
-    pos: torch.Tensor,
-    input_ids: torch.Tensor,
-    expanded_local_pos: torch.Tensor,
-    seq_lens_upper_bound_np: Any,
-    return_logprobs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As upstream, the draw excepted: sampled tokens [num_rows] and processed logits."""
-    processed = self.apply_sampling_params(
-        logits,
-        expanded_idx_mapping,
-        idx_mapping,
-        idx_mapping_np,
-        pos,
-        input_ids,
-        expanded_local_pos,
-        seq_lens_upper_bound_np,
-    )
-    slots = expanded_idx_mapping.long()
-    temperature = self.sampling_states.temperature.gpu[slots]
+def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row of logits, [num_rows] int64, and the processed logits."""
+    processed = _processed_logits(sampler, given)
+    slots = given["expanded_idx_mapping"].long()
+    temperature = sampler.sampling_states.temperature.gpu[slots]
     sample = sample_reference(
         processed,
         torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # the processed logits carry it already
-        self.sampling_states.seeds.gpu[slots],
-        pos.long() + 1,
+        sampler.sampling_states.seeds.gpu[slots],
+        given["pos"].long() + 1,
         streams=_TARGET_STREAMS,
     )
     return sample.token_ids, processed
+
+
+def _processed_logits(sampler: Any, given: Arguments) -> torch.Tensor:
+    """Logits with processors, temperature, top-k and top-p applied by upstream: what a token is drawn from."""
+    wanted = inspect.signature(sampler.apply_sampling_params).parameters
+    return sampler.apply_sampling_params(**{name: given[name] for name in wanted if name in given})

