@@ -20,7 +20,9 @@ from tests.test_kernels_sampling import (
     TEMPERATURES,
     assert_bitwise_equal,
     assert_no_less_accurate,
+    count_mismatches,
     plants_faults,
+    repeats_on_a_gpu,
     run_in_the_interpreter,
     runs_kernels,
     smallest_margin,
@@ -31,9 +33,11 @@ from vllm_bebop.kernels.reference import Verification, sample_reference, verify_
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
+
+
+test_in_the_interpreter.__test__ = not RUNS_HERE
 
 
 def case(batch: int, max_drafts: int, vocab_size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
@@ -59,7 +63,7 @@ def case(batch: int, max_drafts: int, vocab_size: int, dtype: torch.dtype = torc
     token_ids[13::16, 1:2] = vocab_size
     draft_logits[14::16, :1] = -INF
     values = {
-        "target_logits": torch.cat(rows).to(dtype),
+        "target_logits": torch.cat([*rows, torch.empty(0, vocab_size)]).to(dtype),
         "draft_token_ids": token_ids,
         "draft_logits": draft_logits,
         "num_draft_tokens": num_draft_tokens,
@@ -159,11 +163,11 @@ def assert_equals_reference(values: dict, **options) -> Verification:
         (64, 1, 1, torch.float32),
         (64, 3, 63, torch.float16),
         (64, 0, 100, torch.float32),
-        (128, 5, 100, torch.bfloat16),
-        (64, 16, 100, torch.float32),
+        (64, 5, 100, torch.bfloat16),
+        (34, 16, 100, torch.float32),
         (64, 3, 513, torch.bfloat16),
         (32, 3, 8192 + 17, torch.float32),
-        (4, 2, 151_936, torch.bfloat16),
+        (4, 1, 151_936, torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize("keeps_draft_statistics", [False, True])
@@ -172,7 +176,7 @@ def test_verify_equals_reference(batch, max_drafts, vocab_size, dtype, keeps_dra
     if keeps_draft_statistics:
         values = with_draft_statistics(values)
     out = assert_equals_reference(values)
-    if batch >= 64 and max_drafts > 1 and vocab_size > 1:
+    if batch >= 34 and max_drafts > 1 and vocab_size > 1:
         assert out.num_accepted.unique().numel() >= 3
     sampled = (values["num_draft_tokens"] > 0) & (values["temperature"] > 0) & ~values["one_hot"]
     if keeps_draft_statistics and sampled.any():
@@ -255,11 +259,11 @@ def test_verify_of_nothing() -> None:
 def test_verify_does_not_depend_on_the_batch(monkeypatch, single_launch: bool) -> None:
     from vllm_bebop.kernels import draft_sampling
 
-    values = with_draft_statistics(case(24, 3, 700, torch.bfloat16))
+    values = with_draft_statistics(case(8, 2, 700, torch.bfloat16))
     out = verify(**values, single_launch=single_launch)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(1)).tolist()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
     assert_bitwise_equal(verify(**select(values, order), single_launch=single_launch), select_output(out, order))
-    part = list(range(7, 14))
+    part = list(range(3, 6))
     assert_bitwise_equal(verify(**select(values, part), single_launch=single_launch), select_output(out, part))
     monkeypatch.setattr(draft_sampling, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
     assert_bitwise_equal(verify(**values, single_launch=single_launch), out)
@@ -268,13 +272,29 @@ def test_verify_does_not_depend_on_the_batch(monkeypatch, single_launch: bool) -
 @runs_kernels
 @pytest.mark.parametrize("single_launch", [False, True])
 def test_verify_reuses_a_workspace(single_launch: bool) -> None:
-    workspace = poisoned(40, 4, 513)
-    for batch, max_drafts in ((24, 3), (40, 4), (3, 1), (24, 3)):
-        values = case(batch, max_drafts, 513, seed=batch)
+    workspace = poisoned(40, 4, 300)
+    for batch, max_drafts in ((24, 3), (40, 4), (3, 1)):
+        values = case(batch, max_drafts, 300, seed=batch)
         reused = verify(**values, workspace=workspace, single_launch=single_launch)
         assert not workspace.row_tickets.any() and not workspace.request_tickets.any()
         assert (workspace.first_rejected == 2**30).all()
         assert_bitwise_equal(reused, verify(**values))
+
+
+@repeats_on_a_gpu
+@pytest.mark.parametrize("vocab_size", [20_000, 151_936])
+def test_verify_in_a_graph_has_no_races(vocab_size: int) -> None:
+    """Both forms, over and over, against the first result of the two-launch form."""
+    values = with_draft_statistics(case(64, 3, vocab_size, torch.bfloat16))
+    workspace = poisoned(64, 3, vocab_size)
+    tokens = verify(**values).token_ids
+    for single_launch in (False, True):
+
+        def run(single_launch=single_launch) -> Tensor:
+            return verify(**values, workspace=workspace, single_launch=single_launch).token_ids
+
+        assert torch.equal(run(), tokens)
+        assert count_mismatches(run, 20_000) == 0
 
 
 @runs_kernels
@@ -289,7 +309,8 @@ def test_verify_by_slot(integers: torch.dtype, single_launch: bool) -> None:
     by_slot = {}
     for name in ("temperature", "seeds", "draft_logits", "draft_logsumexp", "draft_argmax"):
         value = values[name]
-        by_slot[name] = torch.full((20, *value.shape[1:]), 0, dtype=value.dtype, device=DEVICE)
+        num_rows = 21 if name.startswith("draft") else 20  # the caches have a spare row
+        by_slot[name] = torch.full((num_rows, *value.shape[1:]), 0, dtype=value.dtype, device=DEVICE)
         by_slot[name][slots[:16]] = value
     num_draft_tokens = F.pad(values["num_draft_tokens"], (0, 2), value=3)
     first_rows = F.pad((values["num_draft_tokens"] + 1).cumsum(0), (1, 1))[:18]
@@ -452,11 +473,10 @@ def plant_biased_uniform(uniform):
     )
 
 
-@runs_kernels
 @plants_faults
 @pytest.mark.parametrize("plant", [plant_residual_from_p, plant_shared_accept_noise, plant_biased_uniform])
 def test_planted_faults_are_caught(monkeypatch, plant) -> None:
     from vllm_bebop.kernels import verification
 
     monkeypatch.setattr(verification, "uniform", plant(verification.uniform))
-    assert_fault_is_caught(laws, 4 * NUM_SAMPLES)
+    assert_fault_is_caught(laws, 2 * NUM_SAMPLES)

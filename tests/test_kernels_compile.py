@@ -1,0 +1,117 @@
+"""The fused kernels compile, on any machine, for the GPUs we name: no spills, wide loads, device-wide atomics.
+
+Only the compiler runs here. Constants: a large vocabulary in bf16, and one request per program, as on a GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MAX_REGISTERS = 168  # of 65,536 per processor: at least one program of 8 warps, usually two or three
+BF16 = ["logits", "cache", "target", "draft"]
+INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
+INT64 += ["num_accepted", "num_nan", "num_empty", "step"]
+INT32 = ["slots", "first_rows", "tickets", "row_tickets", "request_tickets", "verdicts", "first_rejected", "unresolved"]
+BOOL = ["is_empty", "one_hot"]
+TYPES = {
+    name: type for names, type in ((BF16, "*bf16"), (INT64, "*i64"), (INT32, "*i32"), (BOOL, "*i1")) for name in names
+}
+SIZES = {"SUB_BLOCK": 512, "TILE": 16, "PADDED_BLOCKS": 512, "REQUESTS": 1}
+
+
+def compile_kernel(kernel, target: str, num_warps: int, absent: tuple[str, ...] = (), **constants):
+    """Pointers and strides as a run would specialise them: all divisible by 16."""
+    constants = SIZES | constants | {f"{name}_ptr": None for name in absent}
+    signature, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = TYPES.get(name.removesuffix("_ptr"), "*fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name.endswith("_stride") or name == "vocab_size":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers per thread, bytes of stack and of spilled (local) memory."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this Triton carries no cuobjdump")
+    command = [cuobjdump, "-res-usage", folder / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK", "LOCAL")}
+
+
+def sampling(target: str):
+    from vllm_bebop.kernels.draft_sampling import _sample_kernel
+
+    return compile_kernel(_sample_kernel, target, 8, BLOCK_STREAM=0, TOKEN_STREAM=1)
+
+
+def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = ()):
+    from vllm_bebop.kernels.verification import _verify_kernel
+
+    constants = {name: name in parts for name in ("STATISTICS", "RESOLUTION", "RESIDUAL")}
+    others = {"TARGET_IS_PROCESSED": False, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4}
+    return compile_kernel(_verify_kernel, target, num_warps, absent, **constants, **others)
+
+
+ONE_HOT = ("draft", "draft_logsumexp", "draft_argmax", "draft_statistics", "slots", "one_hot")
+KERNELS = {
+    "sample": sampling,
+    "statistics": lambda target: verification(target, 8, "STATISTICS"),
+    "statistics of draft rows too": lambda target: verification(target, 8, "STATISTICS", absent=("draft_logsumexp",)),
+    "statistics of one-hot drafts": lambda target: verification(target, 8, "STATISTICS", absent=ONE_HOT),
+    "resolution": lambda target: verification(target, 4, "RESOLUTION"),
+    "residual": lambda target: verification(target, 8, "RESIDUAL"),
+    "single launch": lambda target: verification(target, 8, "STATISTICS", "RESOLUTION"),
+}
+READS_ROWS = [name for name in KERNELS if name != "resolution"]
+
+# Every kernel for one target, and the two that contain everything for the others.
+CASES = [
+    (name, target) for target in TARGETS for name in KERNELS if target == "sm_90" or name in ("sample", "single launch")
+]
+
+is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(is_interpreted, reason="TRITON_INTERPRET is set, so that nothing is compiled")
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, target: str) -> None:
+    compiled = KERNELS[name](target)
+    if "cubin" not in compiled.asm:
+        assert ".vgpr_spill_count: 0" in compiled.asm["amdgcn"]
+        return
+    used = resources(compiled.asm["cubin"], tmp_path)
+    record_property("registers", used["REG"])
+    print(f"{name}, {target}: {used['REG']} registers", file=sys.stderr)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= MAX_REGISTERS
+    ptx = compiled.asm["ptx"]
+    if name in READS_ROWS:
+        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx), "no 128-bit loads"
+        # The ticket that tells the last program must order memory for the whole device.
+        assert "atom.global.gpu.acq_rel.add.u32" in ptx
+    assert not re.search(r"ld\.global\.nc", ptx), "a load through the read-only cache could miss other programs' stores"
