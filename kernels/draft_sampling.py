@@ -1,8 +1,8 @@
 """Drawing one token per request from raw logits in one launch: the draft step, and target tokens without a draft.
 
-Every logit is read once. A program reduces a tile of 16 sub-blocks of 512 logits to a few numbers each; the last tile of
-a request to arrive merges them and draws the sub-block, then the token inside it, for which it reads that one sub-block
-again. Scheme, random streams and counters are those of `reference.sample_reference`, so both give the same tokens:
+Every logit is read once. A program reduces a tile of 16 sub-blocks of 512 logits to a few numbers each; the last tile
+of a request to arrive merges them and draws the sub-block, then the token inside it, for which it reads that one
+sub-block again. Scheme, random streams and counters are those of `reference.sample_reference`, and so are the tokens:
 
     L_j = log sum_{v in j} e^z_v         H_j = entropy inside sub-block j             (stored per sub-block)
     L   = log sum_j e^L_j                H   = sum_j P_j (H_j - log P_j),  P_j = e^(L_j - L)
@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
@@ -86,7 +87,7 @@ def sample(
     step: Tensor | None = None,
     workspace: SamplingWorkspace | None = None,
 ) -> FusedDraftSample:
-    """Draws one token per row from softmax(logits / temperature), in one launch and one pass (arXiv:2606.12370, App. G).
+    """Draws one token per row from softmax(logits / temperature), in one launch and one pass (arXiv:2606.12370, G).
 
     Args:
         logits: [B, V] bf16, fp16 or fp32, before temperature; unit stride inside a row, any stride between rows.
@@ -99,7 +100,8 @@ def sample(
         cache: [num_slots, max_drafts, V], dtype of `logits`: row [slot, step] receives a copy of the logits. Not needed
             where the logits already are a view of it.
         cache_logsumexp, cache_argmax: [num_slots, max_drafts] fp32 and int64: [slot, step] receives the row's logsumexp
-            (of logits / T) and argmax, for `verification.verify`. Without slots the caches are indexed by row.
+            (of logits / T) and argmax, for `verification.verify`. Without slots the caches are indexed by row; with
+            slots they may have spare rows.
         step: scalar integer tensor on the device, required with any cache.
         workspace: scratch and outputs to reuse; without it they are allocated.
     Returns:
@@ -113,13 +115,14 @@ def sample(
     (batch, vocab_size), device = logits.shape, logits.device
     num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
     for name, tensor, shape, dtype in (
-        ("cache", cache, (num_slots, None, vocab_size), logits.dtype),
-        ("cache_logsumexp", cache_logsumexp, (num_slots, None), torch.float32),
-        ("cache_argmax", cache_argmax, (num_slots, None), torch.int64),
+        ("cache", cache, (None, None, vocab_size), logits.dtype),
+        ("cache_logsumexp", cache_logsumexp, (None, None), torch.float32),
+        ("cache_argmax", cache_argmax, (None, None), torch.int64),
     ):
         if tensor is None:
             continue
         reference._check(name, tensor, shape, dtype, device)
+        check_num_rows(name, tensor, num_slots, slots)
         if step is None:
             raise ValueError(f"step is needed to write {name}")
         if tensor.stride(-1) != 1:
@@ -177,7 +180,7 @@ def sample(
 
 
 def partition(vocab_size: int) -> tuple[int, int]:
-    """Width and number of sub-blocks, as in the reference; a small vocabulary is one sub-block (a power of two here)."""
+    """Width and number of sub-blocks, as in the reference; a single small one is padded to a power of two."""
     width = min(reference.SUB_BLOCK, triton.next_power_of_2(vocab_size))
     return width, triton.cdiv(vocab_size, width)
 
@@ -208,8 +211,8 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], dev
 
 def check_requests(
     batch: int, device: torch.device, temperature: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor | None
-) -> int | None:
-    """Checks the per-request arguments; returns the number of rows that per-slot tensors have."""
+) -> int:
+    """Checks the per-request arguments; returns the number of slots (of requests without `slots`)."""
     num_slots = batch
     check_integers("positions", positions, (batch,), device)
     if slots is not None:
@@ -221,6 +224,12 @@ def check_requests(
         if tensor.numel() > 1 and tensor.stride(0) != 1:
             raise ValueError(f"{name} is not contiguous")
     return num_slots
+
+
+def check_num_rows(name: str, tensor: Tensor, num_slots: int, slots: Tensor | None) -> None:
+    """A tensor by slot may have spare rows, a tensor by request may not."""
+    if tensor.shape[0] < num_slots or (slots is None and tensor.shape[0] > num_slots):
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {num_slots}")
 
 
 # --- Device functions -----------------------------------------------------------------------------------------------
@@ -306,18 +315,19 @@ def summarize_tile(
 
 
 @triton.jit
-def take_ticket(ticket, num_arrivals):
-    """Whether this program is the last of num_arrivals to come here; if so, what the others stored is visible.
+def take_ticket(ticket, num_arrivals, amount):
+    """Arrivals add `amount` (1 plus any multiple of 2**16). Returns the sum for the last of num_arrivals, else 0.
 
-    The barrier orders the stores of all threads before the ticket of one; the ticket releases and acquires on the
-    device. The last one leaves 0 for the next launch.
+    The last one sees what the others stored: the barrier orders the stores of all threads before the ticket of one, and
+    the ticket releases and acquires on the device. The last one leaves 0 for the next launch.
     """
     tl.debug_barrier()
-    is_last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == num_arrivals - 1
+    total = tl.atomic_add(ticket, amount, sem="acq_rel", scope="gpu") + amount
+    is_last = (total & 0xFFFF) == num_arrivals
     if is_last:
         tl.store(ticket, 0)
     tl.debug_barrier()
-    return is_last
+    return tl.where(is_last, total, 0)
 
 
 @triton.jit
@@ -415,7 +425,7 @@ def _sample_kernel(
         cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
         tl.store(cached[:, None, None] + ids, logits, mask=is_read[:, None, None] & (ids < vocab_size))
 
-    if take_ticket(tickets_ptr + group, tl.num_programs(0)):
+    if take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0:
         seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
         position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32)
         block_logsumexp = load_statistics(statistics, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
