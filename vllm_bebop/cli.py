@@ -71,6 +71,7 @@ def bench(
     from vllm_bebop.bench.conditions import device_slug
     from vllm_bebop.bench.plot import plot_acceptance
     from vllm_bebop.bench.prompts import PromptError
+    from vllm_bebop.tensor_files import CheckpointError
 
     output = output or Path("benchmarks/results") / f"acceptance_{device_slug()}.json"
     files = dict(_name_and_path(entry) for entry in data or [])
@@ -88,7 +89,7 @@ def bench(
             expectation=expectation,
         )
         results = acceptance.run(sweep, output)
-    except (acceptance.BenchError, PromptError) as error:
+    except (acceptance.BenchError, PromptError, CheckpointError) as error:
         typer.echo(f"bebop bench: {error}", err=True)
         raise typer.Exit(code=1) from None
     plot_acceptance(results, output.with_suffix(".png"))

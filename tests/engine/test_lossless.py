@@ -7,8 +7,9 @@ from tests.support.engines import BEBOP, TINY_MODEL, engine, token_ids
 from tests.support.statistics import assert_fault_is_caught, assert_laws
 from vllm_bebop.kernels import reference
 
-PROMPT = "def read_config(path):\n    "
-NUM_SAMPLES = 2000
+# Token 2 is uncertain here and the head often wrong about it, so a fault of the sampler shows in few samples.
+PROMPT = "Problem: Find the average"
+NUM_SAMPLES = 1000
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Model runner V2, the one GPUs use: the same tokens as V1 by the same seeds, the target's law, and stock greedy text."""
+"""Model runner V2, the one GPUs use: the tokens of V1 by the same seeds, the law of the target, stock greedy text."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`vllm serve` with method bebop, over HTTP: what a user sees. One server for the whole file, the last test kills it."""
+"""`vllm serve` with method bebop, over HTTP: what a user sees. One server for the file; the last test kills it."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.support.engines import BEBOP, TINY_MODEL
 from tests.support.statistics import HONEST_P_VALUE, g_test
 from vllm_bebop.bench.server import Server, wait_until_ready
 
-PROMPT = "The return value is "
+PROMPT = "Problem: Find the average"
 ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "128", "--logprobs-mode", "processed_logprobs")
 
 

@@ -11,7 +11,7 @@ from tests.support import laws
 from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
 
 PROMPTS = ["import os", "The return value", "x = [1, 2", '{"role": "']
-LAW_PROMPT = "def read"
+LAW_PROMPT = "Problem: Find the average"
 NUM_SAMPLES = 300
 
 

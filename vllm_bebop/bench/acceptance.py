@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe, write_json
 from vllm_bebop.bench.measure import METHODS, Job, measure
-from vllm_bebop.bench.prompts import builtin_texts, read_jsonl, tokenise
+from vllm_bebop.bench.prompts import PromptError, builtin_texts, read_jsonl, tokenise
 
 _LOG_TAIL_LINES = 40
 _NOTES = (
@@ -122,7 +122,11 @@ def load_prompts(
     if any(isinstance(text, str) for each in texts.values() for text in each):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PromptError(f"{model}: no such model, or no tokenizer in it ({reason})") from error
     return {name: tokenise(each, tokenizer, max_tokens) for name, each in texts.items()}
 
 

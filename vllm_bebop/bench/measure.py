@@ -107,7 +107,9 @@ def _serve(job: Job) -> Iterator[_Served]:
         skip_tokenizer_init=True,
         disable_log_stats=False,
         enable_prefix_caching=False,  # the same prompts come again at every temperature; each time counts alike
-        max_model_len=longest + job.max_tokens + job.num_speculative_tokens + 1,
+        # Room for the drafts being verified and for the next ones: as soon as one request lacks it, model runner V1
+        # drafts for none of the batch, and counts what it verifies all the same.
+        max_model_len=longest + job.max_tokens + 2 * (job.num_speculative_tokens + 1),
         seed=job.seed,
         **engine_options(),
     )

@@ -155,11 +155,11 @@ class BebopSampler(Sampler):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size = logits.shape[0]
         self.requests.take(batch_size)
-        logits = self.process(logits, sampling_metadata)
+        logits = _apply_policy(logits, sampling_metadata)
         temperature = _temperature(sampling_metadata, batch_size, logits.device)
         sample = sample_reference(
             logits,
-            torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # `process` has divided already
+            torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # the logits carry it already
             self.requests.seeds(batch_size),
             self.requests.positions(None, batch_size),
             streams=_TARGET_STREAMS,
@@ -172,15 +172,6 @@ class BebopSampler(Sampler):
             elif mode == "processed_logprobs":
                 processed = self.compute_logprobs(logits)
         return sample.token_ids, processed
-
-    def process(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> torch.Tensor:
-        """Temperature, other random-only processors, top-k and top-p on [batch_size, vocab_size] fp32, in place."""
-        if sampling_metadata.all_greedy:
-            return logits
-        logits = self.apply_temperature(logits, sampling_metadata.temperature, sampling_metadata.all_random)
-        for processor in sampling_metadata.logitsprocs.argmax_invariant:
-            logits = processor.apply(logits)
-        return apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
 
 
 class BebopRejectionSampler(RejectionSampler):
@@ -233,23 +224,13 @@ class BebopRejectionSampler(RejectionSampler):
         """What each row is sampled from: [num_rows, vocab_size] fp32, temperature and all masks applied."""
         target_rows = metadata.target_logits_indices.long()
         bonus_rows = metadata.bonus_logits_indices.long()
-        target = self.apply_logits_processors(logits[target_rows].float(), sampling_metadata, metadata)
-        if not sampling_metadata.all_greedy:
-            repeats = torch.tensor(metadata.num_draft_tokens, device=logits.device)
-            target = self.sampler.apply_temperature(
-                target, sampling_metadata.temperature.repeat_interleave(repeats), sampling_metadata.all_random
-            )
-            top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
-            target = apply_top_k_top_p(
-                target,
-                None if top_k is None else top_k.repeat_interleave(repeats),
-                None if top_p is None else top_p.repeat_interleave(repeats),
-            )
-        bonus = self.sampler.apply_logits_processors(logits[bonus_rows].float(), sampling_metadata, True)
         processed = torch.empty_like(logits, dtype=torch.float32)
-        processed[target_rows] = target
-        processed[bonus_rows] = self.sampler.process(bonus, sampling_metadata)
-        return processed
+        processed[target_rows] = self.apply_logits_processors(logits[target_rows].float(), sampling_metadata, metadata)
+        processed[bonus_rows] = self.sampler.apply_logits_processors(
+            logits[bonus_rows].float(), sampling_metadata, predict_bonus_token=True
+        )
+        rows_per_request = torch.tensor(metadata.num_draft_tokens, device=logits.device) + 1
+        return _apply_policy(processed, sampling_metadata, rows_per_request)
 
     def _drafts(
         self, metadata: SpecDecodeMetadata, vocab_size: int
@@ -270,6 +251,24 @@ class BebopRejectionSampler(RejectionSampler):
             start += count
         one_hot = torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device)
         return token_ids, logits, one_hot
+
+
+def _apply_policy(
+    logits: torch.Tensor, sampling_metadata: SamplingMetadata, rows_per_request: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each request's temperature, top-k and top-p on its rows (None: one each): [num_rows, vocab_size] fp32, in place.
+
+    vLLM loads no other processor that only concerns sampling (min_p, custom ones) where it speculates.
+    """
+    if sampling_metadata.all_greedy:
+        return logits
+
+    def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
+        return values if values is None or rows_per_request is None else values.repeat_interleave(rows_per_request)
+
+    temperature = of_rows(sampling_metadata.temperature)
+    logits = Sampler.apply_temperature(logits, temperature, sampling_metadata.all_random)
+    return apply_top_k_top_p(logits, of_rows(sampling_metadata.top_k), of_rows(sampling_metadata.top_p))
 
 
 def _temperature(sampling_metadata: SamplingMetadata, batch_size: int, device: torch.device) -> torch.Tensor:

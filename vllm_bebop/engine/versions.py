@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
-TESTED_VERSIONS = ("0.27", "0.29", "0.31", "0.32")
+TESTED_VERSIONS = ("0.27", "0.29", "0.31", "0.32", "0.33")
 
 
 @dataclass(frozen=True)
