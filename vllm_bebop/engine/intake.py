@@ -16,6 +16,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_bebop.config import BebopConfigError, Translation, translate
+from vllm_bebop.engine.lifeline import announce_server
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
@@ -74,6 +75,7 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
         "" if worker_cls == "auto" else f"[{worker_cls.replace('.', '/')}]"
     )
     args.worker_cls = parallel_config.worker_cls
+    announce_server()
     args.additional_config = args.additional_config | {"bebop": translation.config.to_dict()}
     args.speculative_config = speculative_config
     args.spec_method = args.spec_model = args.spec_tokens = None

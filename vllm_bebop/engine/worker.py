@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_bebop.config import BebopConfig, BebopConfigError
-from vllm_bebop.engine import draft_loader  # noqa: F401  (registers the load format "bebop")
+from vllm_bebop.engine import draft_loader, lifeline  # noqa: F401  (draft_loader registers the load format "bebop")
 
 
 def _worker_over(base: type) -> type:
@@ -24,6 +24,7 @@ def _worker_over(base: type) -> type:
         """See the module's docstring."""
 
         def init_device(self) -> None:
+            lifeline.follow_server()
             super().init_device()
             _seams(self).upgrade_drafting(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
 

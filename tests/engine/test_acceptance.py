@@ -1,0 +1,39 @@
+"""Train/serve parity in one number: the engine accepts what the head's maths predicts on the same contexts.
+
+The harness of `bebop bench` on the real engine, one domain of even and one of uneven text.
+"""
+
+import json
+
+import pytest
+
+from tests.support.engines import ROOT, TINY_MODEL
+from vllm_bebop.bench import acceptance
+
+METHODS = ("stock_greedy", "bebop_target_only", "bebop_rejection")
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    files = {domain: str(ROOT / "tiny_model" / "held_out" / f"{domain}.jsonl") for domain in ("prose", "math")}
+    prompts = acceptance.load_prompts(str(TINY_MODEL), (), files, 24, 32, 0)
+    sweep = acceptance.Sweep(str(TINY_MODEL), prompts, methods=METHODS, gammas=(3,), temperatures=(1.0,), max_tokens=48)
+    path = tmp_path_factory.mktemp("bench") / "acceptance.json"
+    acceptance.run(sweep, path)
+    engines = json.loads(path.read_text())["engines"]
+    return {(engine["method"], cell["domain"]): cell for engine in engines for cell in engine["cells"]}
+
+
+@pytest.mark.parametrize("domain", ["prose", "math"])
+@pytest.mark.parametrize("method", METHODS)
+def test_acceptance_is_what_the_head_predicts(cells, method, domain):
+    difference = cells[method, domain]["measured_minus_expected"]
+    low, high = difference["interval_95"]
+    # Twice the 95 % interval: 1 in 10,000 by chance, and the seed is fixed.
+    assert abs(difference["mean"]) <= (high - low), cells[method, domain]
+
+
+@pytest.mark.parametrize("domain", ["prose", "math"])
+def test_rejection_sampling_accepts_more_than_the_stock_greedy_draft(cells, domain):
+    ours, stock = cells["bebop_rejection", domain], cells["stock_greedy", domain]
+    assert ours["acceptance_length"]["mean"] > stock["acceptance_length"]["mean"]
