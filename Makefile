@@ -12,7 +12,7 @@ test: setup
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
 
-# The engine tests on every version of vLLM in the table of vllm_bebop/engine/versions.py.
+# The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup
 	.venv/bin/python scripts/test_versions.py
 

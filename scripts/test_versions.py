@@ -5,6 +5,7 @@ and takes the rest from .venv. A version belongs in vllm_bebop/engine/versions.p
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def main() -> None:
     for version in arguments.versions:
         python = prepare(version)
         print(f"=== vLLM {version}", flush=True)
-        if subprocess.run([python, "-m", "pytest", "-q", arguments.tests], cwd=ROOT).returncode:
+        environ = os.environ | {"VLLM_BEBOP_CANDIDATE": ".".join(version.split(".")[:2])}
+        if subprocess.run([python, "-m", "pytest", "-q", arguments.tests], cwd=ROOT, env=environ).returncode:
             failed.append(version)
     print(f"failed on {', '.join(failed)}" if failed else f"passed on {', '.join(arguments.versions)}")
     sys.exit(bool(failed))

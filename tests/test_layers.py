@@ -21,7 +21,6 @@ FORBIDDEN = {
     "vllm_bebop/families.py": ("vllm", "torch", "vllm_bebop"),
     "vllm_bebop/draft.py": ("vllm", "vllm_bebop.engine", "vllm_bebop.train"),
     "vllm_bebop/train": ("vllm", "vllm_bebop.engine"),
-    "vllm_bebop/study": ("vllm", "torch", "vllm_bebop"),
     "vllm_bebop/engine": ("vllm_bebop.train", "vllm_bebop.cli"),
 }
 

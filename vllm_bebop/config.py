@@ -20,8 +20,8 @@ MAX_SPECULATIVE_TOKENS = 16  # the verification kernels' limit
 
 _ENV_SWITCH = "VLLM_BEBOP"
 _ENV_PREFIX = "VLLM_BEBOP_"
-# Read elsewhere (engine/cpu_mend.py); not an option of the speculation itself.
-_ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU",)
+# Read elsewhere (engine/cpu_mend.py, engine/versions.py); not options of the speculation itself.
+_ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU", "VLLM_BEBOP_CANDIDATE")
 # Our keys, and the variables that stand in for them.
 _ENV_OPTIONS = {
     "VLLM_BEBOP_ACCEPTANCE": "acceptance",
