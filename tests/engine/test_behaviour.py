@@ -147,25 +147,22 @@ def test_refused_options_stay_refused(pair):
             pair[1].generate(PROMPTS[:1], _params(temperature=1.0, **options), use_tqdm=False)
 
 
-def test_engines_in_one_process_share_no_state(pair):
-    stock, bebop = (runner(llm) for llm in pair)
-    assert type(stock.sampler).__module__.startswith("vllm.")
-    assert type(bebop.sampler).__module__.startswith("vllm_bebop.")
-    with engine(BEBOP | {"acceptance": "target_only"}) as other:
-        params = _params(temperature=1.0, seed=2, max_tokens=32)
-        before = token_ids(bebop_outputs(pair, params))
-        other.generate(PROMPTS, params, use_tqdm=False)
-        assert token_ids(bebop_outputs(pair, params)) == before
-        assert runner(other).drafter.requests is not bebop.drafter.requests
-
-
-def bebop_outputs(pair, params):
-    return pair[1].generate(PROMPTS, params, use_tqdm=False)
-
-
 def test_request_facts_are_forgotten_when_requests_end(pair):
     """A long-lived server must not grow: drafts of finished requests go with the next proposal."""
     requests = runner(pair[1]).drafter.requests
     pair[1].generate(PROMPTS, _params(max_tokens=8), use_tqdm=False)
     pair[1].generate(PROMPTS[:1], _params(max_tokens=8), use_tqdm=False)
     assert len(requests._drafts) <= 1
+
+
+def test_engines_in_one_process_share_no_state(pair):
+    """Last in the file: when vLLM shuts the third engine down, it takes the process's parallel state along."""
+    stock, bebop = (runner(llm) for llm in pair)
+    assert type(stock.sampler).__module__.startswith("vllm.")
+    assert type(bebop.sampler).__module__.startswith("vllm_bebop.")
+    with engine(BEBOP | {"acceptance": "target_only"}) as other:
+        params = _params(temperature=1.0, seed=2, max_tokens=32)
+        before = token_ids(pair[1].generate(PROMPTS, params, use_tqdm=False))
+        other.generate(PROMPTS, params, use_tqdm=False)
+        assert token_ids(pair[1].generate(PROMPTS, params, use_tqdm=False)) == before
+        assert runner(other).drafter.requests is not bebop.drafter.requests
