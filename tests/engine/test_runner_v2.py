@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.engines import BEBOP, ROOT, engine, token_ids
 from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
-from tests.support.v2_probe import PROMPTS
+from tests.support.v2_probe import MAX_TOKENS, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def _v1(config, temperature):
     from vllm import SamplingParams
 
     with engine(config, max_model_len=64) as llm:
-        params = SamplingParams(temperature=temperature, seed=3, max_tokens=12, ignore_eos=True)
+        params = SamplingParams(temperature=temperature, seed=3, max_tokens=MAX_TOKENS, ignore_eos=True)
         return [list(ids) for ids in token_ids(llm.generate(PROMPTS, params, use_tqdm=False))]
 
 
@@ -41,7 +41,8 @@ def test_v2_is_what_ran(v2):
     assert v2["accepted"][0] > 0.1 * v2["rounds"]
 
 
-def test_greedy_tokens_are_stock_without_speculation(v2):
+def test_greedy_tokens_of_fifty_prompts_are_stock_without_speculation(v2):
+    assert len(PROMPTS) == 50
     assert v2["greedy"] == _v1(None, temperature=0.0)
 
 

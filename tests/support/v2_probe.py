@@ -10,7 +10,22 @@ import json
 from tests.support import laws
 from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
 
-PROMPTS = ["import os", "The return value", "x = [1, 2", '{"role": "']
+PROMPTS = [
+    start + end
+    for start in (
+        "import os",
+        "The return value",
+        "x = [1, 2",
+        '{"role": "',
+        "Problem: Add",
+        "class A",
+        "for i in",
+        "If ",
+    )
+    + ("def read", "    ")
+    for end in ("", " ", "1", "a", "\n")
+]  # 50
+MAX_TOKENS = 8
 LAW_PROMPT = "Problem: Find the average"
 NUM_SAMPLES = 300
 
@@ -25,7 +40,7 @@ def main() -> None:
     with engine(BEBOP, max_num_seqs=64, max_model_len=64, logprobs_mode="processed_logprobs") as llm:
         inside = runner(llm)
         result["classes"] = [type(o).__name__ for o in (inside.speculator, inside.sampler, inside.rejection_sampler)]
-        params = [SamplingParams(temperature=t, seed=3, max_tokens=12, ignore_eos=True) for t in (0.0, 1.0)]
+        params = [SamplingParams(temperature=t, seed=3, max_tokens=MAX_TOKENS, ignore_eos=True) for t in (0.0, 1.0)]
         result["greedy"], result["seeded"] = (token_ids(llm.generate(PROMPTS, each, use_tqdm=False)) for each in params)
         prompt = llm.get_tokenizer().encode(LAW_PROMPT)
         drawn = laws.sample(llm, prompt, NUM_SAMPLES, first_seed=0, temperature=1.0)
