@@ -303,30 +303,6 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
 
 
 @runs_kernels
-def test_dispatch_agrees_with_itself(monkeypatch) -> None:
-    """The engine's entry point gives the same tokens and caches on both of its paths; the last slot is a spare one."""
-    from vllm_bebop.kernels import dispatch
-
-    values, results = arguments(4, 700), []
-    slots = torch.tensor([3, -1, 0, 1], device=DEVICE)
-    for fused in (True, False):
-        monkeypatch.setattr(dispatch, "uses_triton", lambda _, fused=fused: fused)
-        caches = {
-            "cache": torch.zeros(5, 2, 700, device=DEVICE),
-            "cache_logsumexp": torch.zeros(5, 2, device=DEVICE),
-            "cache_argmax": torch.zeros(5, 2, dtype=torch.int64, device=DEVICE),
-        }
-        temperature, seeds = torch.full((5,), 0.7, device=DEVICE), torch.arange(5, device=DEVICE)
-        step = torch.tensor(1, device=DEVICE)
-        out = dispatch.sample(
-            values["logits"], temperature, seeds, values["positions"], slots=slots, step=step, **caches
-        )
-        results.append((out.token_ids[slots >= 0], *(cache[:4] for cache in caches.values())))
-    for fused, eager in zip(*results, strict=True):
-        torch.testing.assert_close(fused, eager)
-
-
-@runs_kernels
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [

@@ -333,22 +333,6 @@ def test_verify_by_slot(integers: torch.dtype, single_launch: bool) -> None:
 
 
 @runs_kernels
-def test_dispatch_agrees_with_itself(monkeypatch) -> None:
-    """The engine's entry point gives the same tokens on both of its paths."""
-    from vllm_bebop.kernels import dispatch
-
-    values, results = case(16, 2, 100), []
-    slots = torch.arange(16, device=DEVICE).flip(0)
-    for name in ("temperature", "seeds", "draft_logits"):
-        values[name] = values[name].flip(0)
-    for fused in (True, False):
-        monkeypatch.setattr(dispatch, "uses_triton", lambda _, fused=fused: fused)
-        results.append(dispatch.verify(**values, slots=slots))
-    assert torch.equal(results[0].token_ids, results[1].token_ids)
-    assert torch.equal(results[0].num_accepted, results[1].num_accepted)
-
-
-@runs_kernels
 def test_verify_stays_inside_its_tensors_on_wrong_counts() -> None:
     """Counts are not checked on the device, so they are clamped: more rows than there are read as empty."""
     values = case(4, 2, 100)
