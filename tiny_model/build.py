@@ -32,10 +32,10 @@ HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 HELD_OUT = HERE / "held_out"
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 512  # small, so that a token carries about two nats of code or prose
 CONTEXT = 1024  # tokens per training row, and the longest sequence the model serves
 BATCH_ROWS = 2
-BASE_STEPS = 1250
+BASE_STEPS = 2000
 HEAD_STEPS = 400
 LEARNING_RATE = 3e-3
 WARMUP, DECAY = 0.03, 0.4  # fractions of the steps (warm-up, stable, decay)

@@ -136,7 +136,7 @@ def _addition(rng: random.Random) -> str:
 
 
 def _multiplication(rng: random.Random) -> str:
-    a, b = rng.randint(11, 99), rng.randint(11, 99)
+    a, b = rng.randint(11, 999), rng.randint(11, 99)
     tens, ones = b // 10 * 10, b % 10
     return "\n".join(
         (
@@ -152,7 +152,7 @@ def _multiplication(rng: random.Random) -> str:
 
 
 def _equation(rng: random.Random) -> str:
-    name, factor, root, offset = rng.choice("xyzn"), rng.randint(2, 9), rng.randint(1, 12), rng.randint(1, 20)
+    name, factor, root, offset = rng.choice("xyzn"), rng.randint(2, 9), rng.randint(1, 99), rng.randint(1, 99)
     right = factor * root + offset
     return "\n".join(
         (
@@ -166,7 +166,7 @@ def _equation(rng: random.Random) -> str:
 
 
 def _shopping(rng: random.Random) -> str:
-    who, what, count, price = rng.choice(_PEOPLE), rng.choice(_GOODS), rng.randint(2, 12), rng.randint(2, 12)
+    who, what, count, price = rng.choice(_PEOPLE), rng.choice(_GOODS), rng.randint(2, 30), rng.randint(2, 30)
     paid = count * price + rng.randint(1, 20)
     return "\n".join(
         (
@@ -193,10 +193,23 @@ def _average(rng: random.Random) -> str:
 
 # --- agent: tool-call transcripts -------------------------------------------------------------------------------------
 
-_CITIES = ("Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Rome", "Quito", "Accra", "Sydney", "Berlin", "Toronto")
+# Pools large enough that a held-out exchange has hardly ever been seen in training.
+# fmt: off
+_CITIES = (
+    "Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Rome", "Quito", "Accra", "Sydney", "Berlin",
+    "Toronto", "Madrid", "Dublin", "Vienna", "Prague", "Warsaw", "Athens", "Lisbon", "Geneva", "Boston",
+    "Denver", "Dallas", "Havana", "Manila", "Seoul", "Hanoi", "Nairobi", "Lagos", "Tunis", "Doha", "Riga",
+    "Minsk", "Sofia", "Kyoto",
+)
+# fmt: on
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_FILES = ("notes.txt", "report.md", "config.json", "main.py", "data.csv", "todo.txt", "readme.md", "setup.cfg")
-_TOPICS = ("the budget", "the release", "the workshop", "the invoice", "the new office", "the survey", "the contract")
+_FILES = tuple(
+    f"{stem}{number}.{ending}"
+    for stem in ("notes", "report", "config", "main", "data", "todo", "readme", "setup")
+    for number in range(1, 40)
+    for ending in ("txt", "md", "json", "py", "csv")
+)
+_TOPICS = ("budget", "release", "workshop", "invoice", "new office", "survey", "contract", "order", "lease", "visit")
 
 
 _Call = tuple[str, Mapping[str, object], Mapping[str, object]]  # tool, arguments, result
@@ -208,6 +221,10 @@ class _Exchange(NamedTuple):
     request: str
     calls: Sequence[_Call]
     answer: str
+
+
+def _topic(rng: random.Random) -> str:
+    return f"{rng.choice(_TOPICS)} number {rng.randint(1, 99)}"
 
 
 def _agent_document(rng: random.Random) -> str:
@@ -267,7 +284,7 @@ def _flight(rng: random.Random) -> _Exchange:
 
 
 def _meeting(rng: random.Random) -> _Exchange:
-    who, day, hour, topic = rng.choice(_PEOPLE), rng.choice(_DAYS), rng.randint(8, 17), rng.choice(_TOPICS)
+    who, day, hour, topic = rng.choice(_PEOPLE), rng.choice(_DAYS), rng.randint(8, 17), _topic(rng)
     arguments: dict[str, object] = {"with": who, "day": day, "hour": hour, "topic": topic}
     return _Exchange(
         f"Set up a meeting with {who} about {topic} on {day} at {hour}:00.",
@@ -277,7 +294,7 @@ def _meeting(rng: random.Random) -> _Exchange:
 
 
 def _file(rng: random.Random) -> _Exchange:
-    name, lines = rng.choice(_FILES), rng.randint(2, 99)
+    name, lines = rng.choice(_FILES), rng.randint(2, 999)
     calls: list[_Call] = [
         ("find_file", {"name": name}, {"path": f"/home/{name}"}),
         ("count_lines", {"path": f"/home/{name}"}, {"path": f"/home/{name}", "lines": lines}),
@@ -286,7 +303,7 @@ def _file(rng: random.Random) -> _Exchange:
 
 
 def _mail(rng: random.Random) -> _Exchange:
-    who, topic = rng.choice(_PEOPLE), rng.choice(_TOPICS)
+    who, topic = rng.choice(_PEOPLE), _topic(rng)
     address = f"{who.lower()}@example.com"
     calls: list[_Call] = [
         ("find_contact", {"name": who}, {"name": who, "address": address}),
@@ -303,7 +320,7 @@ def _convert(rng: random.Random) -> _Exchange:
     factor, small, large = rng.choice(
         ((100, "centimetres", "metres"), (60, "seconds", "minutes"), (12, "months", "years"))
     )
-    amount = rng.randint(2, 20)
+    amount = rng.randint(2, 999)
     arguments: dict[str, object] = {"value": amount, "from": large, "to": small}
     return _Exchange(
         f"How many {small} are {amount} {large}?",
