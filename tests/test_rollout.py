@@ -1,60 +1,25 @@
 """The rollout against the served sequence itself, built one anchor at a time."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import DynamicCache
 
-from vllm_bebop.train.heads import MTPHead, head_tensors, load_head, new_head
-from vllm_bebop.train.rollout import exact_acceptance, expected_acceptance, rollout, teacher_rows
+from tests.support.parity_inputs import CONFIGS, small_head, small_target
+from vllm_bebop.train.chain_attention import StepKeys, chain_attention
+from vllm_bebop.train.heads import MTPHead, new_head
+from vllm_bebop.train.rollout import (
+    complete_chains,
+    exact_acceptance,
+    expected_acceptance,
+    rollout,
+    target_hidden_states,
+    teacher_rows,
+)
 
 NUM_STEPS = 4
-SIZES = {
-    "vocab_size": 63,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,  # far from uniform, so that a wrong key or position shows
-}
-EXPERTS = {
-    "num_experts": 3,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-CONFIGS = {
-    "qwen3_next": lambda: Qwen3NextConfig(**SIZES, **EXPERTS),
-    "qwen3_5_text": lambda: Qwen3_5TextConfig(**SIZES),
-    "qwen3_5_moe_text": lambda: Qwen3_5MoeTextConfig(
-        **{k: v for k, v in SIZES.items() if k != "intermediate_size"}, **EXPERTS
-    ),
-}
-WIRINGS = {
-    "as the family has it": {},
-    "hidden first": {"concat": ("hidden", "embedding")},
-    "no first embedding": {"zero_embedding_at_0": True},
-    "pre-norm recycled": {"hidden_recycled": "pre_norm"},
-}
-
-
-def random_head(config_name: str) -> MTPHead:
-    torch.manual_seed(0)
-    config = CONFIGS[config_name]()
-    weights = torch.randn(2, config.vocab_size, config.hidden_size)
-    head = MTPHead(config, *weights)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            if parameter.ndim == 1:  # norms, which start at zero
-                parameter.normal_(std=0.3)
-    return head
 
 
 def random_text(head: MTPHead, batch: int = 2, seq_len: int = 9) -> tuple[Tensor, Tensor]:
@@ -69,7 +34,7 @@ def served_chain(head: MTPHead, hidden_states: Tensor, token_ids: Tensor, anchor
 
     Slot s <= anchor of step 0 holds (token s + 1, hidden state s); each later step appends one slot.
     """
-    layer = copy.deepcopy(head.layers[0])
+    layer = copy.deepcopy(head.layer)
     layer.self_attn.config._attn_implementation = "eager"
     cache = DynamicCache()
     family = head.family
@@ -78,8 +43,8 @@ def served_chain(head: MTPHead, hidden_states: Tensor, token_ids: Tensor, anchor
         embedding = head.embed_tokens[token]
         if family.zero_embedding_at_0 and slot == 0:
             embedding = torch.zeros_like(embedding)
-        e, h = head.pre_fc_norm_embedding(embedding), head.pre_fc_norm_hidden(hidden)
-        x = head.fc(torch.cat([e, h] if family.concat[0] == "embedding" else [h, e]))[None, None]
+        e, h = head.norm_embedding(embedding), head.norm_hidden(hidden)
+        x = head.project(torch.cat([e, h] if family.concat[0] == "embedding" else [h, e]))[None, None]
         rotary = head.rotary(x, torch.tensor([[slot]]))
         out = layer(x, position_embeddings=rotary, attention_mask=None, past_key_values=cache)[0, 0]
         normed = head.norm(out)
@@ -94,12 +59,10 @@ def served_chain(head: MTPHead, hidden_states: Tensor, token_ids: Tensor, anchor
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("config_name", CONFIGS)
-@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_rollout_equals_the_served_sequence(config_name: str, wiring: str) -> None:
-    head = random_head(config_name)
-    head.family = dataclasses.replace(head.family, **WIRINGS[wiring])
+def test_rollout_equals_the_served_sequence(family: str) -> None:
+    head = small_head(family)
     hidden_states, token_ids = random_text(head)
     logits = rollout(head, hidden_states, token_ids, NUM_STEPS)
     batch, seq_len = token_ids.shape
@@ -113,7 +76,7 @@ def test_rollout_equals_the_served_sequence(config_name: str, wiring: str) -> No
 @torch.no_grad()
 def test_rollout_refuses_keys_that_serving_does_not_have() -> None:
     """The planted fault: step 1 attending to step 1 of other anchors, as most trainers have it, must show."""
-    head = random_head("qwen3_next")
+    head = small_head("qwen3_next")
     hidden_states, token_ids = random_text(head)
     positions = torch.arange(token_ids.shape[1] - 2).expand(len(token_ids), -1)
     rows = positions.shape[1]
@@ -124,7 +87,7 @@ def test_rollout_refuses_keys_that_serving_does_not_have() -> None:
 
 
 def test_rollout_trains_the_head_and_nothing_else() -> None:
-    head = random_head("qwen3_next")
+    head = small_head("qwen3_next")
     hidden_states, token_ids = random_text(head)
     rollout(head, hidden_states, token_ids, NUM_STEPS).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
@@ -132,7 +95,7 @@ def test_rollout_trains_the_head_and_nothing_else() -> None:
 
 
 def test_rollout_refuses_a_text_without_a_complete_chain() -> None:
-    head = random_head("qwen3_next")
+    head = small_head("qwen3_next")
     with pytest.raises(ValueError, match="no complete chain"):
         rollout(head, *random_text(head, seq_len=NUM_STEPS), NUM_STEPS)
 
@@ -154,47 +117,109 @@ def test_expected_acceptance_by_hand() -> None:
     torch.testing.assert_close(hot, acceptance)
 
 
-def tiny_model():
-    from transformers import Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(**SIZES | {"layer_types": ["full_attention"] * 2}, **EXPERTS)
-    return Qwen3NextForCausalLM(config).eval()
-
-
-def test_exact_acceptance_shapes_and_range() -> None:
-    model = tiny_model()
-    for rates in exact_acceptance(model, new_head(model), torch.randint(63, (2, 9)), NUM_STEPS):
-        assert rates.shape == (NUM_STEPS, 2, 9 - NUM_STEPS)
-        assert ((rates >= 0) & (rates <= 1 + 1e-6)).all()
-
-
-def test_load_head_round_trip_and_refusals(tmp_path) -> None:
-    model = tiny_model()
-    head = new_head(model)
-    stored = {name: tensor.clone() for name, tensor in head_tensors(head).items()}
-    assert "mtp.layers.0.mlp.experts.2.up_proj.weight" in stored
-    copies = {"mtp.embed_tokens.weight": torch.zeros(1), "model.norm.weight": torch.zeros(1)}  # not the head's: unread
-
-    save_file(stored | copies, tmp_path / "model.safetensors")
-    loaded = load_head(tmp_path, model)
-    for name, tensor in head.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
-
-    faults = {
-        "lacks mtp.fc.weight": {n: t for n, t in stored.items() if n != "mtp.fc.weight"},
-        "does not belong": stored | {"mtp.layers.1.fc.weight": torch.zeros(2)},
-        r"shape \(2, 2\)": stored | {"mtp.norm.weight": torch.zeros(2, 2)},
-    }
-    for message, tensors in faults.items():
-        save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=message):
-            load_head(tmp_path, model)
+@pytest.mark.parametrize("family", ["qwen3_next", "mimo"])
+def test_exact_acceptance_feeds_what_the_family_is_fed(family: str) -> None:
+    model = small_target(family)
+    head, token_ids = new_head(model), torch.randint(96, (2, 9))
+    rates = exact_acceptance(model, head, token_ids, NUM_STEPS)
+    for rate in rates:
+        assert rate.shape == (NUM_STEPS, 2, 9 - NUM_STEPS)
+        assert ((rate >= 0) & (rate <= 1 + 1e-6)).all()
+    with torch.no_grad():
+        fed, teacher = target_hidden_states(model, token_ids)
+        target_logits = teacher_rows(model(token_ids).logits, NUM_STEPS)
+        expected = expected_acceptance(target_logits, rollout(head, fed, token_ids, NUM_STEPS))
+    torch.testing.assert_close(rates, expected)
 
 
-def test_head_holds_what_its_family_says() -> None:
-    """Names and shapes of `head_tensors` are those of the released checkpoints, for every family."""
-    for name in CONFIGS:
-        head, config = random_head(name), CONFIGS[name]().to_dict()
-        shapes = {tensor_name: tuple(tensor.shape) for tensor_name, tensor in head_tensors(head).items()}
-        assert shapes == head.family.expected_tensors(config)
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "glm4_moe", "mimo"])
+@torch.no_grad()
+def test_target_hidden_states_are_on_the_right_side_of_the_final_norm(family: str) -> None:
+    """lm_head reads the teacher; MiMo's head is fed what the final norm reads, the others' the teacher itself."""
+    model, token_ids = small_target(family), torch.randint(96, (2, 9))
+    fed, teacher = target_hidden_states(model, token_ids)
+    torch.testing.assert_close(model.get_output_embeddings()(teacher), model(token_ids).logits)
+    if family == "mimo":
+        assert not torch.allclose(fed, teacher, atol=0.1)
+        torch.testing.assert_close(model.get_decoder().norm(fed), teacher)
+    else:
+        assert fed is teacher
+    longer = torch.cat([token_ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(target_hidden_states(model, longer)[0][:, :9], fed)  # padding on the right
+
+
+DOCUMENTS = torch.tensor([[3] * 6 + [0] * 7 + [-1] * 3, [5] * 16])
+
+
+def packed_text(head: MTPHead) -> tuple[Tensor, Tensor]:
+    return random_text(head, *DOCUMENTS.shape)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_rollout_of_packed_documents_equals_each_alone(family: str) -> None:
+    head = small_head(family)
+    hidden_states, token_ids = packed_text(head)
+    packed = rollout(head, hidden_states, token_ids, NUM_STEPS, DOCUMENTS)
+    unpacked = rollout(head, hidden_states, token_ids, NUM_STEPS)  # the planted fault: nothing is isolated
+    complete = complete_chains(DOCUMENTS, NUM_STEPS)
+    for entry, document in [(0, 3), (0, 0), (1, 5)]:
+        inside = DOCUMENTS[entry] == document
+        alone = rollout(head, hidden_states[entry, inside][None], token_ids[entry, inside][None], NUM_STEPS)[:, 0]
+        rows = complete[entry] & inside[: complete.shape[1]]
+        torch.testing.assert_close(packed[:, entry, rows], alone, rtol=1e-5, atol=5e-5)
+        if document == 0:  # the only one that does not start at the first token
+            assert (unpacked[:, entry, rows] - alone).abs().amax(-1).min() > 0.01
+
+
+def test_rollout_of_padding_is_finite_and_without_influence() -> None:
+    """Forward and backward; what the padding holds changes nothing."""
+    head = small_head("qwen3_next")
+    hidden_states, token_ids = packed_text(head)
+    complete = complete_chains(DOCUMENTS, NUM_STEPS)
+    gradients = []
+    for filling in (hidden_states, torch.zeros_like(hidden_states)):
+        filled = torch.where(DOCUMENTS[..., None] < 0, filling, hidden_states)
+        drafted = rollout(head, filled, token_ids, NUM_STEPS, DOCUMENTS)
+        assert drafted.isfinite().all()
+        head.zero_grad()
+        drafted[:, complete].square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in head.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_complete_chains_stay_inside_a_document() -> None:
+    complete = complete_chains(DOCUMENTS, 4)
+    assert complete.tolist() == [[True] * 2 + [False] * 4 + [True] * 3 + [False] * 3, [True] * 12]
+
+
+def chain_of_attention(scores_at_once: int) -> tuple[Tensor, tuple[Tensor, ...], int]:
+    """Outputs of three steps over 24 rows, their gradients, and the most elements of any tensor kept for those."""
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(3, 2, 4, 24, 8, generator=generator, requires_grad=True)
+    keys_values = torch.randn(3, 2, 2, 2, 24, 8, generator=generator, requires_grad=True)
+    mask = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, 24, 24)
+    keys, outputs, kept = StepKeys(), [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for query, (key, value) in zip(queries, keys_values, strict=True):
+            options = {"scaling": 0.3, "keys": keys, "scores_at_once": scores_at_once}
+            outputs.append(chain_attention(torch.nn.Identity(), query, key, value, mask, **options)[0])
+    out = torch.stack(outputs)
+    return out, torch.autograd.grad(out.sin().sum(), (queries, keys_values)), max(kept)
+
+
+def test_chain_attention_in_parts_equals_all_at_once_and_keeps_no_scores() -> None:
+    all_scores = 2 * 4 * 24 * 24
+    whole, gradients, kept = chain_of_attention(scores_at_once=all_scores)
+    assert kept >= all_scores
+    in_parts, gradients_in_parts, kept = chain_of_attention(scores_at_once=7 * all_scores // 24)
+    assert kept < all_scores / 2
+    torch.testing.assert_close(in_parts, whole)
+    torch.testing.assert_close(gradients_in_parts, gradients, rtol=1e-4, atol=1e-5)

@@ -75,6 +75,20 @@ def load(seed: int) -> Corpus:
 # --- code and prose: the standard library -----------------------------------------------------------------------------
 
 
+def beginnings(documents: Sequence[str], count: int) -> list[str]:
+    """`count` texts to take prompts from, evenly over all documents: long ones are cut at empty lines into several."""
+    texts = [part for document in documents for part in _parts(document)]
+    return texts[:: max(1, len(texts) // count)][:count]
+
+
+def _parts(text: str) -> Iterator[str]:
+    shortest, longest = SNIPPET_CHARS
+    while len(text) >= shortest:
+        yield text[:longest]
+        cut = text.find("\n\n", longest)
+        text = text[cut + 2 :] if cut >= 0 else ""
+
+
 def _library_sources() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):

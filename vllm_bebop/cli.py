@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +79,7 @@ def bench(
     output = output or Path("benchmarks/results") / f"acceptance_{device_slug()}.json"
     files = dict(_name_and_path(entry) for entry in data or [])
     builtin = _words(domains) if domains is not None else () if files else ("code", "prose")
-    try:
+    with _errors("bench", acceptance.BenchError, PromptError, CheckpointError):
         sweep = acceptance.Sweep(
             model,
             acceptance.load_prompts(model, builtin, files, prompts, prompt_tokens, seed),
@@ -90,12 +92,118 @@ def bench(
             expectation=expectation,
         )
         results = acceptance.run(sweep, output)
-    except (acceptance.BenchError, PromptError, CheckpointError) as error:
-        typer.echo(f"bebop bench: {error}", err=True)
-        raise typer.Exit(code=1) from None
     plot_acceptance(results, output.with_suffix(".png"))
     typer.echo(f"\nAcceptance length (exact expectation in brackets):\n\n{acceptance.table(results)}\n")
     typer.echo(f"{output} and {output.with_suffix('.png')} written")
+
+
+@app.command()
+def rollout(
+    model: Annotated[str, typer.Option(help="The policy: a directory or a Hub id.")],
+    data: Annotated[
+        list[Path], typer.Option(help='JSONL or Parquet with "prompt_token_ids", "messages", "prompt" or "text".')
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL; OUT.settings.json beside it records the settings.")],
+    draft: Annotated[str | None, typer.Option(help="Draft directory or Hub id; default: the model's own head.")] = None,
+    num_speculative_tokens: Annotated[int, typer.Option(min=0, help="Drafts by method bebop; 0 for none.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Generated per sample at most.")] = 1024,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    samples_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Texts are cut to it; other longer prompts are left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Every sample's own seed follows from it.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples generated and written together.")] = 256,
+    executor: Annotated[str | None, typer.Option(help="vLLM's: mp, ray or uni.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    strict: Annotated[bool, typer.Option("--strict", help="A bad line is an error.")] = False,
+) -> None:
+    """Generate on-policy training data with vLLM. Resumes where it stopped."""
+    from vllm_bebop.generate import RolloutError, Sampling, run
+    from vllm_bebop.tensor_files import CheckpointError
+    from vllm_bebop.train.records import DataError
+
+    with _errors("rollout", RolloutError, DataError, CheckpointError):
+        count = run(
+            *(model, data, out),
+            Sampling(max_tokens, temperature, top_k, top_p, min_p, samples_per_prompt, seed),
+            draft=draft,
+            num_speculative_tokens=num_speculative_tokens,
+            prompt_tokens=prompt_tokens,
+            strict=strict,
+            batch_size=batch_size,
+            executor=executor,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+    typer.echo(f"{out}: {count} samples")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Target checkpoint: a directory or a Hub id.")],
+    data: Annotated[list[str], typer.Option(help="JSONL or Parquet, as `bebop rollout` writes it; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Draft directory to create; OUT.training beside it holds checkpoints.")],
+    loss: Annotated[
+        str, typer.Option(help="e2e_tv, tv, ce, kl, reverse_kl, lk, lk_mix, e2e_corrected or log_prefix.")
+    ] = "e2e_tv",
+    steps: Annotated[int, typer.Option(help="Draft steps trained together.")] = 5,
+    start: Annotated[
+        str | None, typer.Option(help="Draft to start from; default: the checkpoint's own head, or its last layer.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Constant after the warm-up.")] = 3.5e-5,
+    warmup: Annotated[float, typer.Option(help="Fraction of all updates.")] = 0.03,
+    clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
+    max_updates: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
+    batch_rows: Annotated[int, typer.Option(help="Packed rows per update, over all processes.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens per packed row.")] = 4096,
+    temperature: Annotated[float, typer.Option(help="That rollouts are sampled with.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="That rollouts are sampled with.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
+    seed: Annotated[int, typer.Option(help="Of packing and order.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 200,
+    vocabulary_parallel: Annotated[int, typer.Option(help="Processes that share lm_head out.")] = 1,
+    strict: Annotated[bool, typer.Option("--strict", help="A bad line of data is an error.")] = False,
+) -> None:
+    """Train an MTP head for a frozen target. For 8 GPUs: torchrun --nproc-per-node 8 -m vllm_bebop.cli train ..."""
+    from vllm_bebop.tensor_files import CheckpointError
+    from vllm_bebop.train.loop import Settings, TrainingError
+    from vllm_bebop.train.losses import SamplingPolicy
+    from vllm_bebop.train.records import DataError
+    from vllm_bebop.train.run import train_draft
+
+    with _errors("train", CheckpointError, DataError, TrainingError, ValueError, OSError):
+        draft = train_draft(
+            *(model, data, out),
+            Settings(
+                *(loss, steps, learning_rate, warmup, clip_norm, epochs, max_updates, batch_rows, context, seed),
+                policy=SamplingPolicy(temperature, top_k, top_p, min_p),
+            ),
+            start=start,
+            save_every=save_every,
+            vocabulary_parallel=vocabulary_parallel,
+            strict=strict,
+        )
+    if draft is not None:
+        serve = f'{{"method": "bebop", "num_speculative_tokens": 3, "model": "{out}"}}'
+        typer.echo(f"{out} written; serve it with\n  vllm serve {model} --speculative-config '{serve}'")
+
+
+@contextmanager
+def _errors(command: str, *expected: type[Exception]) -> Iterator[None]:
+    """What a user can mend is said in its own words, without a traceback; exit code 1, or 130 after Ctrl-C."""
+    try:
+        yield
+    except expected as error:
+        typer.echo(f"bebop {command}: {error}", err=True)
+        raise typer.Exit(code=1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"\nbebop {command}: interrupted; the same command goes on where it stopped", err=True)
+        raise typer.Exit(code=130) from None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -79,6 +79,18 @@ def test_seed_decides_whatever_else_is_in_the_batch(llm, prompt):
     assert among_others[-1] == alone
 
 
+def test_seed_decides_when_prompts_are_read_in_chunks(llm, prompt):
+    """vLLM reads at most 4,096 tokens per step here, so one of these prompts is cut into two chunks."""
+    from vllm import SamplingParams
+
+    prompt = (prompt * 200)[:480]
+    params = SamplingParams(temperature=1.0, max_tokens=8, seed=11, ignore_eos=True)
+    (alone,) = token_ids(llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False))
+    different = [[*prompt[i:], *prompt[:i]] for i in range(1, 10)]  # no prefix in common
+    requests = [{"prompt_token_ids": each} for each in (*different, prompt)]
+    assert token_ids(llm.generate(requests, params, use_tqdm=False))[-1] == alone
+
+
 def test_choices_of_one_request_differ_and_repeat(llm, prompt):
     from vllm import SamplingParams
 

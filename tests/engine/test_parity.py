@@ -1,18 +1,28 @@
-"""Training and serving compute the same numbers: what vLLM's drafter saw and said, replayed through our rollout."""
+"""Training and serving compute the same numbers: vLLM's own heads, and what its drafter saw and said, against ours."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_bebop.train.heads import load_head
+from tests.support import parity_inputs
+from tests.support.parity_inputs import small_head
+from vllm_bebop.train.heads import MTPHead, head_tensors, load_head
 from vllm_bebop.train.rollout import rollout
 
-CHECKPOINT = Path(__file__).parents[2] / "tiny_model" / "checkpoint"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tiny_model" / "checkpoint"
+TOLERANCE = 1e-4  # of logits with a standard deviation of 1.6
 PROMPT = "Problem: Multiply 47 by 36.\nSplit 36 into 30 + 6.\nFirst, 47 * 30 ="
 NUM_STEPS = 3
 
@@ -120,3 +130,55 @@ def test_rollout_logits_equal_the_served_ones(served: Served, model: PreTrainedM
         end = rows + NUM_STEPS
         logits = rollout(head, hidden_states[None, :end], token_ids[None, :end], NUM_STEPS)[:, 0, -1]
         torch.testing.assert_close(logits, torch.stack([call.logits for call in calls]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def logits_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Each family's [anchors, NUM_STEPS, vocab_size], from vLLM's own MTP module and attention."""
+    path = tmp_path_factory.mktemp("parity") / "logits.safetensors"
+    # scripts/setup_venv.sh puts torchvision, which vLLM's Qwen3.5 imports, beside the environment.
+    torchvision = Path(sysconfig.get_path("data")) / "torchvision"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'cpu_support'}:{torchvision}"}
+    command = [sys.executable, "-m", "tests.support.vllm_steps", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_file(path)
+
+
+@torch.no_grad()
+def logits_of_ours(head: MTPHead, family: str) -> Tensor:
+    fed = parity_inputs.inputs(family)
+    logits = rollout(head, fed["hidden_states"][None], fed["token_ids"][None], parity_inputs.NUM_STEPS)
+    return logits[:, 0, list(parity_inputs.ANCHORS)].transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", parity_inputs.CONFIGS)
+def test_head_and_rollout_equal_the_module_of_vllm(family: str, logits_of_vllm: dict[str, Tensor]) -> None:
+    head = small_head(family)
+    torch.testing.assert_close(logits_of_ours(head, family), logits_of_vllm[family], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", parity_inputs.CONFIGS)
+def test_head_and_rollout_show_each_planted_fault(family: str, logits_of_vllm: dict[str, Tensor]) -> None:
+    """Wired otherwise, or at a wrong position, the same head leaves vLLM's at the step where the fault begins."""
+    wiring = small_head(family).family
+    other = {"post_norm": "pre_norm", "pre_norm": "post_norm"}
+    faults = {
+        "concat": ({"concat": wiring.concat[::-1]}, 0),
+        "recycled": ({"hidden_recycled": other[wiring.hidden_recycled]}, 1),
+        "first embedding": ({"zero_embedding_at_0": not wiring.zero_embedding_at_0}, 0),
+    }
+    wrong: dict[str, tuple[MTPHead, int]] = {}
+    for fault, (change, first_step) in faults.items():
+        wrong[fault] = small_head(family), first_step
+        wrong[fault][0].family = dataclasses.replace(wiring, **change)
+    wrong["position"] = small_head(family), 1
+    rotary, anchor = wrong["position"][0].rotary, parity_inputs.ANCHORS[-1]
+    rotary.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1].clamp(max=anchor)))
+    if any("e_score_correction_bias" in name for name in head_tensors(small_head(family))):
+        wrong["router bias"] = small_head(family), 0
+        wrong["router bias"][0].layer.mlp.gate.e_score_correction_bias.zero_()
+    for fault, (head, first_step) in wrong.items():
+        distance = (logits_of_ours(head, family) - logits_of_vllm[family]).abs().amax(dim=(0, 2))
+        assert (distance[:first_step] < TOLERANCE).all(), fault
+        assert (distance[first_step:] > 100 * TOLERANCE).all(), (fault, distance)

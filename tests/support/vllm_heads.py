@@ -11,48 +11,49 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Only the model classes are wanted: no plugin, no network.
 os.environ |= {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 import torch
-from transformers import AutoConfig, Qwen2Config
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from tests.support import parity_inputs  # noqa: F401 (makes MiMo's config known)
 from tests.support.tiny_heads import config, head
 from vllm_bebop.tensor_files import add_checksums, element_checksum
 
-_FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
+FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
 
 
-class _MiMoConfig(Qwen2Config):
-    model_type = "mimo"  # released as remote code; vLLM needs nothing beyond Qwen2's keys
-
-
-AutoConfig.register("mimo", _MiMoConfig)
-
-
-def load_head(family: str, directory: Path) -> tuple[list[str], bool]:
-    (directory / "config.json").write_text(json.dumps(config(family)))
+def build_head(config: dict[str, Any], directory: Path, dtype: torch.dtype, **engine: Any) -> tuple[Any, VllmConfig]:
+    """vLLM's MTP module for a model of this config, its weights not loaded, and the configuration it is built with."""
+    (directory / "config.json").write_text(json.dumps(config))
     speculation = {"method": "mtp", "model": str(directory), "num_speculative_tokens": 1}
     vllm_config = EngineArgs(
         model=str(directory),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=64,
         speculative_config=speculation,
+        **engine,
     ).create_engine_config()
     with set_current_vllm_config(vllm_config):
         init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
-    with set_default_torch_dtype(torch.bfloat16):
+    with set_default_torch_dtype(dtype):
         model = initialize_model(vllm_config, model_config=vllm_config.speculative_config.draft_model_config)
-    parameters = {n: p.data for n, p in model.named_parameters() if not any(part in n for part in _FROM_TARGET)}
+    return model, vllm_config
+
+
+def load_head(family: str, directory: Path) -> tuple[list[str], bool]:
+    model, _ = build_head(config(family), directory, torch.bfloat16)
+    parameters = {n: p.data for n, p in model.named_parameters() if not any(part in n for part in FROM_TARGET)}
     for parameter in parameters.values():
         parameter.fill_(float("nan"))
     tensors = head(config(family))

@@ -77,14 +77,18 @@ class V1Requests:
         return ids
 
     def seeds(self, batch_size: int) -> torch.Tensor:
-        """[batch_size] int64: the request's own seed, or one drawn for it when it was first seen."""
-        generators = self._runner.input_batch.generators
+        """[batch_size] int64: the request's own seed, or one drawn for it when it was first seen.
+
+        Generators are taken out of the batch: our noise needs none, and on a CPU vLLM fails when it rewinds one after
+        a chunk of a prompt ("CPU Generator does not use offset").
+        """
         seeds = [0] * batch_size
         for row, request_id in enumerate(self.ids(batch_size)):
             state = self._runner.requests[request_id]
+            generator = self._runner.input_batch.generators.pop(row, None)
             if not hasattr(state, "bebop_seed"):
                 drawn = int(self._seed_source.integers(2**63))
-                state.bebop_seed = generators[row].initial_seed() if row in generators else drawn
+                state.bebop_seed = drawn if generator is None else generator.initial_seed()
             seeds[row] = state.bebop_seed
         return torch.tensor(seeds, dtype=torch.int64, device=self._runner.device)
 

@@ -2,202 +2,284 @@
 
 A head turns (next token, hidden state) into the hidden state that predicts the token after:
 
-    x = fc([norm_e(E[token]); norm_h(hidden)])        g = norm(decoder_layer(x))        draft logits = lm_head(g)
+    x = project([norm_e(E[token]); norm_h(hidden)])     g = norm(decoder_layer(x))     draft logits = lm_head(g)
 
 Embedding and lm_head are the target's. A head holds them as buffers: no optimizer sees them, no gradient reaches them.
-How families differ in wiring and names stands in `vllm_bebop.families`; the modules are Transformers' own.
+How families differ in wiring and tensors stands in `vllm_bebop.families`; the modules are Transformers' own.
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from vllm_bebop.families import STACKED, recognise
+from vllm_bebop.families import PER_EXPERT, STACKED, recognise
+from vllm_bebop.head_checks import is_quantised
+from vllm_bebop.tensor_files import TensorEntry, list_tensors, read_tensors
+from vllm_bebop.train.chain_attention import CHAIN_ATTENTION, StepKeys
 
-StepKeys = list[tuple[Tensor, Tensor]]  # (keys, values) of each step so far, [batch, kv_heads, rows, head_dim]
+
+class _Names(NamedTuple):
+    """The checkpoint's names of a head's modules, after the family's prefix."""
+
+    norm_embedding: str
+    norm_hidden: str
+    project: str
+    layer: str
+    norm: str
 
 
 class _Modules(NamedTuple):
+    names: _Names
     norm: type[nn.Module]
-    decoder_layer: type[nn.Module]
+    layer: type[nn.Module]
     rotary: type[nn.Module]
+    required: Mapping[str, str] = {}  # what the config must say for Transformers' modules to compute what vLLM serves
 
+
+_QWEN = _Names("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "layers.0", "norm")
+_DEEPSEEK = _Names("enorm", "hnorm", "eh_proj", "", "shared_head.norm")
+_MIMO = _Names("token_layernorm", "hidden_layernorm", "input_proj", "", "final_layernorm")
 
 _MODULES = {  # by the model_type of the text config
     "qwen3_next": _Modules(
-        qwen3_next.Qwen3NextRMSNorm, qwen3_next.Qwen3NextDecoderLayer, qwen3_next.Qwen3NextRotaryEmbedding
+        _QWEN, qwen3_next.Qwen3NextRMSNorm, qwen3_next.Qwen3NextDecoderLayer, qwen3_next.Qwen3NextRotaryEmbedding
     ),
-    "qwen3_5_text": _Modules(qwen3_5.Qwen3_5RMSNorm, qwen3_5.Qwen3_5DecoderLayer, qwen3_5.Qwen3_5TextRotaryEmbedding),
+    "qwen3_5_text": _Modules(
+        _QWEN, qwen3_5.Qwen3_5RMSNorm, qwen3_5.Qwen3_5DecoderLayer, qwen3_5.Qwen3_5TextRotaryEmbedding
+    ),
     "qwen3_5_moe_text": _Modules(
-        qwen3_5_moe.Qwen3_5MoeRMSNorm, qwen3_5_moe.Qwen3_5MoeDecoderLayer, qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding
+        _QWEN,
+        qwen3_5_moe.Qwen3_5MoeRMSNorm,
+        qwen3_5_moe.Qwen3_5MoeDecoderLayer,
+        qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding,
     ),
+    "deepseek_v3": _Modules(
+        _DEEPSEEK,
+        deepseek_v3.DeepseekV3RMSNorm,
+        deepseek_v3.DeepseekV3DecoderLayer,
+        deepseek_v3.DeepseekV3RotaryEmbedding,
+        required={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # without them vLLM routes by softmax
+    ),
+    "glm4_moe": _Modules(
+        _DEEPSEEK, glm4_moe.Glm4MoeRMSNorm, glm4_moe.Glm4MoeDecoderLayer, glm4_moe.Glm4MoeRotaryEmbedding
+    ),
+    "mimo": _Modules(_MIMO, qwen2.Qwen2RMSNorm, qwen2.Qwen2DecoderLayer, qwen2.Qwen2RotaryEmbedding),
 }
 
 
 class MTPHead(nn.Module):
-    """One native MTP layer, freshly initialised. `parameters()` are exactly what a checkpoint stores for the head.
+    """One native MTP layer, freshly initialised.
+
+    `parameters()` are what a checkpoint stores for the head, less the router's score-correction bias, which only
+    chooses experts and gets no gradient: a buffer, part of `head_tensors`, always fp32.
 
     Args:
         config: the target model's; its `model_type` picks the family.
-        embed_tokens, lm_head: the target's weights [vocab_size, hidden_size], shared, not copied. The head takes
-            their dtype and device.
+        embed_tokens, lm_head: the target's weights [vocab_size, hidden_size], shared, not copied, on the device where
+            the head is to be.
+        dtype: of the parameters and of all that the head computes; None is the embedding's.
     Raises:
-        ValueError: no such family, or more than one MTP layer.
+        ValueError: no such family, more than one MTP layer, or experts that vLLM would route in another way.
     """
 
     embed_tokens: Tensor
     lm_head: Tensor
 
-    def __init__(self, config: PretrainedConfig, embed_tokens: Tensor, lm_head: Tensor) -> None:
+    def __init__(
+        self, config: PretrainedConfig, embed_tokens: Tensor, lm_head: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         config = copy.deepcopy(config.get_text_config())
         if config.model_type not in _MODULES:
             raise ValueError(f"no MTP head for model_type {config.model_type!r}; known: {', '.join(_MODULES)}")
-        self.family = recognise(config.to_dict())
-        if (num_layers := self.family.num_layers(config.to_dict())) != 1:
-            raise ValueError(f"an MTP head has one layer here, this config asks for {num_layers}")
-        (self.prefix,) = self.family.prefixes(config.to_dict())
         modules = _MODULES[config.model_type]
-        # The MTP layer counts as layer 0 and attends fully, whatever the backbone's layer 0 does.
-        config.layer_types = ["full_attention"] * len(config.layer_types)
-        config._attn_implementation = _CHAIN_ATTENTION
+        for key, value in modules.required.items():
+            if (found := getattr(config, key, None)) != value:
+                raise ValueError(f"config.json: {key} is {found!r}, only {value!r} can be trained: set it if it is so")
+        described = config.to_dict()
+        self.family = recognise(described)
+        if (num_layers := self.family.num_layers(described)) > 1:
+            raise ValueError(f"a head of one MTP layer can be trained, this config asks for {num_layers}")
+        (self.prefix,) = self.family.prefixes(described)
+        self.names = modules.names
+        # The MTP layer attends fully, whatever the backbone's layers do. By its number it has experts or has not: it
+        # continues the backbone's count where its name does, else it is layer 0.
+        index = config.num_hidden_layers if "{depth}" in self.family.prefix else 0
+        config.layer_types = ["full_attention"] * (config.num_hidden_layers + 1)
+        config._attn_implementation = CHAIN_ATTENTION
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_fc_norm_embedding = modules.norm(size, eps=eps)
-        self.pre_fc_norm_hidden = modules.norm(size, eps=eps)
-        self.fc = nn.Linear(2 * size, size, bias=False)
-        self.layers = nn.ModuleList([modules.decoder_layer(config, 0)])
-        self.norm = modules.norm(size, eps=eps)
-        for parameter in self.parameters():
+        with embed_tokens.device:
+            self.norm_embedding = modules.norm(size, eps=eps)
+            self.norm_hidden = modules.norm(size, eps=eps)
+            self.project = nn.Linear(2 * size, size, bias=False)
+            self.layer = modules.layer(config, index)
+            self.norm = modules.norm(size, eps=eps)
+            self.rotary = modules.rotary(config)  # its frequencies stay fp32
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
-        self.to(embed_tokens)
-        self.rotary = modules.rotary(config).to(embed_tokens.device)  # its frequencies stay fp32
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            parameter.data = parameter.data.to(dtype or embed_tokens.dtype)
         self.register_buffer("embed_tokens", embed_tokens.detach(), persistent=False)
         self.register_buffer("lm_head", lm_head.detach(), persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and of what `forward` returns."""
+        return self.project.weight.dtype
+
     def forward(
-        self, token_ids: Tensor, hidden_states: Tensor, positions: Tensor, keys: StepKeys
+        self,
+        token_ids: Tensor,
+        hidden_states: Tensor,
+        positions: Tensor,
+        keys: StepKeys,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One draft step for every row, each row an anchor with a chain of its own.
 
         Args:
             token_ids: [batch, rows] int64, the token after the one that `hidden_states` has read.
-            hidden_states: [batch, rows, hidden_size]: the target's after its final norm, then the second result of
-                the last step.
+            hidden_states: [batch, rows, hidden_size]: at step 0 the target's, before or after its final norm as
+                `family.hidden_in` says (`rollout.target_hidden_states`); then the second result of the last step.
             positions: [batch, rows] int64, for the rotary embedding.
             keys: of the steps before, empty at step 0; this step's are appended.
+            mask: bool [batch, 1, rows, rows], which rows' step-0 keys each row may see, at least its own; None is
+                causal.
         Returns:
             What the logits are computed from, and what the next step is fed; both [batch, rows, hidden_size].
         """
-        embedding = F.embedding(token_ids, self.embed_tokens)
+        embedding = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
         if self.family.zero_embedding_at_0:
             embedding = embedding.masked_fill(positions[..., None] == 0, 0)
-        normed = {"embedding": self.pre_fc_norm_embedding(embedding), "hidden": self.pre_fc_norm_hidden(hidden_states)}
-        x = self.fc(torch.cat([normed[part] for part in self.family.concat], dim=-1))
-        out = self.layers[0](x, position_embeddings=self.rotary(x, positions), keys=keys)
+        hidden_states = hidden_states.to(self.dtype)
+        normed = {"embedding": self.norm_embedding(embedding), "hidden": self.norm_hidden(hidden_states)}
+        x = self.project(torch.cat([normed[part] for part in self.family.concat], dim=-1))
+        out = self.layer(x, position_embeddings=self.rotary(x, positions), attention_mask=mask, keys=keys)
         normed_out = self.norm(out)
         return normed_out, normed_out if self.family.hidden_recycled == "post_norm" else out
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Draft logits [..., vocab_size] of `forward`'s first result [..., hidden_size]."""
-        return F.linear(hidden_states, self.lm_head)
+        """Draft logits [..., vocab_size], in lm_head's dtype, of `forward`'s first result [..., hidden_size]."""
+        return F.linear(hidden_states.to(self.lm_head.dtype), self.lm_head)
 
 
-def head_tensors(head: MTPHead) -> dict[str, Tensor]:
-    """The head's parameters under their checkpoint names: views, so that writing to them loads the head.
+def head_tensors(head: MTPHead, expert_layout: str | None = None) -> dict[str, Tensor]:
+    """The head's tensors under their checkpoint names: views, so that writing to them loads the head.
 
-    Transformers stacks the experts of a layer; most checkpoints keep each expert's three matrices apart.
+    Args:
+        expert_layout: Transformers stacks the experts of a layer, most checkpoints keep each expert's three matrices
+            apart (`families.STACKED`, `families.PER_EXPERT`). None is the way of the family's released checkpoints.
     """
-    stacked = head.family.expert_layouts[:1] == (STACKED,)
+    stacked = (expert_layout or next(iter(head.family.expert_layouts), None)) == STACKED
     tensors: dict[str, Tensor] = {}
-    for name, parameter in head.state_dict().items():
+    for name, tensor in head.state_dict().items():
+        module, _, rest = name.partition(".")
+        name = ".".join(part for part in (getattr(head.names, module), rest) if part)
         experts, _, projection = name.rpartition(".")
         if stacked or not experts.endswith(".experts"):
-            tensors[name] = parameter
+            tensors[name] = tensor
             continue
         parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
-        for index, expert in enumerate(parameter):
-            for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
-                tensors[f"{experts}.{index}.{part}.weight"] = tensor
+        for index, expert in enumerate(tensor):
+            for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                tensors[f"{experts}.{index}.{part}.weight"] = matrix
     return {head.prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def new_head(model: PreTrainedModel) -> MTPHead:
-    """An untrained head on the embedding and lm_head of `model`, in its dtype and on its device."""
+def new_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHead:
+    """An untrained head on the embedding and lm_head of `model`, on its device; `dtype` None is the embedding's."""
     embed_tokens, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    return MTPHead(model.config, embed_tokens.get_parameter("weight"), lm_head.get_parameter("weight"))
+    return MTPHead(model.config, embed_tokens.get_parameter("weight"), lm_head.get_parameter("weight"), dtype)
 
 
-def load_head(directory: str | Path, model: PreTrainedModel) -> MTPHead:
+def load_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHead:
     """Read a head for `model` from a checkpoint or draft directory's safetensors, memory-mapped.
 
     Args:
         directory: holds *.safetensors with the head's tensors under their native names; others are left unread.
-        model: the target; gives config, embedding, lm_head, dtype and device.
+        model: the target; gives config, embedding, lm_head and device.
+        dtype: of the head; None is the embedding's.
     Raises:
-        ValueError: a tensor is missing, unknown, or of the wrong shape. vLLM itself loads a head that misses `mtp.fc`
-            or an expert without a word.
+        ValueError: a file is unreadable, or a tensor quantised, missing, unknown, or of the wrong shape. vLLM itself
+            loads a head that misses `mtp.fc` or an expert without a word.
     """
-    head = new_head(model)
-    wanted = head_tensors(head)
-    copies = {head.prefix + name for name in head.family.copies}  # of the target's own tensors
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-                if not name.startswith(head.prefix) or name in copies:
-                    continue
-                shape = tuple(file.get_slice(name).get_shape())
-                tensor = wanted.pop(name, None)
-                if tensor is None or tuple(tensor.shape) != shape:
-                    raise ValueError(f"{path}: {name} of shape {shape} does not belong in this model's head")
-                tensor.copy_(file.get_tensor(name))
-    if wanted:
-        raise ValueError(f"{directory} lacks {', '.join(sorted(wanted))}")
+    head = new_head(model, dtype)
+    _fill(head, directory, _stored_head(Path(directory), head))
     return head
 
 
-def _chain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: None,
-    *,
-    scaling: float,
-    keys: StepKeys,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Attention as served: row t sees step 0's keys of rows s <= t, and of the later steps' only its own.
+def initial_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHead:
+    """Where training starts: the checkpoint's own head, or one made of the target's last full-attention layer.
 
-    query [batch, heads, rows, head_dim], key and value [batch, kv_heads, rows, head_dim]; the result is
-    [batch, rows, heads, head_dim].
-    Memory: after step 0 the scores are materialised, batch * heads * rows * (rows + steps).
+    A head made so passes its hidden state through: `project` is zero on the embedding and on the hidden state undoes
+    the weight of the target's final norm (where the head is fed from behind it), the layer is a copy of the target's,
+    the last norm a copy of its final norm, so that a layer that adds nothing would give back what came in. The norms
+    before `project` are the identity.
+
+    Args:
+        directory: of the target's checkpoint.
+    Raises:
+        ValueError: as `load_head`, if the checkpoint has tensors of a head.
     """
-    keys.append((key, value))
-    (shared_key, shared_value), *own = keys
-    if not own:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-    rows = query.shape[2]
-    query = query.unflatten(1, (key.shape[1], -1)) * scaling  # [batch, kv_heads, group, rows, head_dim]
-    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    shared_scores = (query @ shared_key[:, :, None].mT).masked_fill(future, -torch.inf)
-    own_scores = torch.stack([(query * k[:, :, None]).sum(-1) for k, _ in own], dim=-1)
-    weights = torch.cat([shared_scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = weights[..., :rows] @ shared_value[:, :, None]
-    for step, (_, v) in enumerate(own):
-        out = out + weights[..., rows + step, None] * v[:, :, None]
-    return out.flatten(1, 2).transpose(1, 2), None
+    head = new_head(model, dtype)
+    if stored := _stored_head(Path(directory), head):
+        _fill(head, directory, stored)
+        return head
+    decoder = model.get_decoder()
+    donor = [layer for layer in decoder.layers if hasattr(layer, "self_attn")][-1].state_dict()
+    final_norm = decoder.norm.weight
+    with torch.no_grad():
+        for name, tensor in head.layer.state_dict().items():
+            if name in donor and donor[name].shape == tensor.shape:
+                tensor.copy_(donor[name])
+        head.norm.get_parameter("weight").copy_(final_norm)
+        head.project.weight.zero_()
+        hidden = head.project.weight.chunk(2, dim=-1)[head.family.concat.index("hidden")]
+        hidden.copy_(torch.diag(_undo_final_norm(head, final_norm)))
+    return head
 
 
-_CHAIN_ATTENTION = "bebop_mtp_chain"
-AttentionInterface.register(_CHAIN_ATTENTION, _chain_attention)
+def _undo_final_norm(head: MTPHead, weight: Tensor) -> Tensor:
+    """What to multiply the normed hidden state by, [hidden_size]; ones if the head is fed the hidden state unnormed."""
+    scale = weight.float() + head.family.norm_adds_one
+    if head.family.hidden_in == "pre_norm":
+        return torch.ones_like(scale)
+    return scale / (scale.square() + 1e-4 * scale.square().mean())  # 1 / scale, bounded where it is next to nothing
+
+
+def _stored_head(directory: Path, head: MTPHead) -> dict[str, TensorEntry]:
+    """The head's tensors in a directory, less copies of the target's own."""
+    entries, problems = list_tensors(directory, allow_links=True)
+    if problems:
+        raise ValueError(f"{directory}: {'; '.join(problems)}")
+    copies = {head.prefix + name for name in head.family.copies}
+    return {name: entry for name, entry in entries.items() if name.startswith(head.prefix) and name not in copies}
+
+
+def _fill(head: MTPHead, directory: str | Path, stored: Mapping[str, TensorEntry]) -> None:
+    if is_quantised(stored):
+        raise ValueError(f"{directory}: the head is quantised: convert it to bf16, fp16 or fp32")
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in stored)
+    wanted = head_tensors(head, STACKED if stacked else PER_EXPERT)
+    for name, tensor in read_tensors(stored):
+        place = wanted.pop(name, None)
+        if place is None or place.shape != tensor.shape:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{stored[name].file}: {name} of shape {shape} does not belong in this model's head")
+        place.copy_(tensor)
+    if wanted:
+        raise ValueError(f"{directory} lacks {', '.join(sorted(wanted))}")

@@ -1,0 +1,245 @@
+"""Which loss makes the better head: all of them on the tiny model, from the same start, with the same budget.
+
+    python benchmarks/bench_losses.py                 all of it; what an earlier run has measured is kept
+
+1. The tiny model continues prompts, of its training texts to train on and of held-out ones to evaluate on.
+2. Every loss starts from the checkpoint's own head (one step, cross-entropy) and takes the same updates. Seed 0 tries
+   every learning rate of one grid; the best on validation text is taken for all seeds. A seed orders the data.
+3. The head is evaluated on the continuations of held-out prompts, as `bebop eval` does: acceptance length as an engine
+   counts it, under rejection sampling and under target-only acceptance, by domain.
+
+Writes benchmarks/results/losses.json, losses.md (the table) and losses.png.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from vllm_bebop import generate
+from vllm_bebop.bench.conditions import describe, write_json
+from vllm_bebop.train.data import Documents, PackedRows, Row, load_documents
+from vllm_bebop.train.evaluate import evaluate, texts
+from vllm_bebop.train.heads import MTPHead, load_head
+from vllm_bebop.train.loop import Settings, Trainer
+from vllm_bebop.train.losses import LOSSES, SamplingPolicy
+from vllm_bebop.train.processes import Processes
+from vllm_bebop.train.run import load_target
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tiny_model"))
+import train_draft as tiny_draft  # noqa: E402
+
+MODEL = tiny_draft.CHECKPOINT
+RESULTS = ROOT / "benchmarks" / "results" / "losses.json"
+DOMAINS = ("code", "prose", "math", "agent")
+START = "start"  # the head that every loss starts from
+
+NUM_STEPS = 3  # draft steps, in training and in evaluation
+RATES = (3e-4, 1e-3, 3e-3)
+VALIDATION, HELD_OUT, NEW_TOKENS = 12, 32, 208  # documents per domain, and tokens of each
+CONTEXT, BATCH_ROWS = 512, 4
+
+
+def make_texts(directory: Path) -> None:
+    """On-policy text to evaluate on, PURPOSE_DOMAIN.jsonl in `directory`: continuations of held-out prompts."""
+    held_out = {d: (tiny_draft.HERE / "held_out" / f"{d}.jsonl").read_text().splitlines() for d in DOMAINS}
+    prompts, samples = directory / "prompts.jsonl", directory / "evaluation.jsonl"
+    with open(prompts, "w") as file:
+        for domain, lines in held_out.items():
+            for number, line in enumerate(lines[: VALIDATION + HELD_OUT]):
+                purpose = "validation" if number < VALIDATION else "held_out"
+                file.write(json.dumps({"id": f"{purpose}_{domain} {number}"} | json.loads(line)) + "\n")
+    sampling = generate.Sampling(max_tokens=NEW_TOKENS)
+    generate.run(
+        *(str(MODEL), [prompts], samples, sampling),
+        num_speculative_tokens=NUM_STEPS,
+        prompt_tokens=tiny_draft.PROMPT_TOKENS,
+    )
+    by_file: dict[str, list[str]] = {}
+    for line in samples.read_text().splitlines(keepends=True):
+        by_file.setdefault(json.loads(line)["id"].split()[0], []).append(line)
+    for name, lines in by_file.items():
+        (directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+class CachingTrainer(Trainer):
+    """Runs the frozen target once per row, not once per row and run."""
+
+    cache: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def hidden_states(self, row: Row) -> tuple[Tensor, Tensor]:
+        key = row.token_ids.numpy().tobytes()
+        if key not in self.cache:
+            self.cache[key] = super().hidden_states(row)
+        return self.cache[key]
+
+
+_worker: dict[str, Any] = {}
+
+
+def _prepare(directory: Path) -> None:
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    target = load_target(MODEL, torch.device("cpu"))
+
+    def load(purpose: str) -> dict[str, Documents]:
+        vocab_size = target.config.vocab_size
+        return {
+            d: load_documents([directory / f"{purpose}_{d}.jsonl"], tokenizer, vocab_size, NUM_STEPS) for d in DOMAINS
+        }
+
+    training = load_documents([tiny_draft.SCRATCH / "rollouts.jsonl"], tokenizer, target.config.vocab_size, NUM_STEPS)
+    _worker.update(target=target, training=training, validation=load("validation"), held_out=load("held_out"))
+
+
+def _measure(loss: str, rate: float, seed: int, updates: int, purpose: str) -> dict[str, Any]:
+    """Train one head and evaluate it."""
+    target = _worker["target"]
+    head = load_head(MODEL, target, dtype=torch.float32)
+    if loss != START:
+        rows = PackedRows(_worker["training"], CONTEXT, NUM_STEPS, seed)
+        settings = Settings(
+            loss,
+            NUM_STEPS,
+            learning_rate=rate,
+            batch_rows=BATCH_ROWS,
+            context=CONTEXT,
+            epochs=100,
+            max_updates=updates,
+            seed=seed,
+        )
+        with tempfile.TemporaryDirectory() as run:
+            trainer = CachingTrainer(target, head, rows, settings, Path(run), Processes(torch.device("cpu")))
+            head.load_state_dict(trainer.train())
+    return _acceptance_length(head, purpose)
+
+
+def _acceptance_length(head: MTPHead, purpose: str) -> dict[str, Any]:
+    documents = {domain: texts(found) for domain, found in _worker[purpose].items()}
+    report = evaluate(_worker["target"], head.requires_grad_(False), documents, NUM_STEPS, SamplingPolicy())
+    return {
+        rule: {domain: section["acceptance_length"][rule]["mean"] for domain, section in report["domains"].items()}
+        | {"mean": statistics.fmean(s["acceptance_length"][rule]["mean"] for s in report["domains"].values())}
+        for rule in ("rejection_sampling", "target_only")
+    }
+
+
+def _key(loss: str, rate: float, seed: int, purpose: str) -> str:
+    return f"{loss} rate={rate:g} seed={seed} {purpose}"
+
+
+def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> dict[str, Any]:
+    """Every measurement that is not in the results file yet; it is written after each."""
+    conditions = describe(str(MODEL)) | {"num_steps": NUM_STEPS, "updates": updates, "rates": RATES}
+    conditions |= {"tokens_per_update": BATCH_ROWS * CONTEXT, "held_out_documents_per_domain": HELD_OUT}
+    results: dict[str, Any] = {"conditions": json.loads(json.dumps(conditions)), "runs": {}}
+    if RESULTS.exists() and _same(before := json.loads(RESULTS.read_text()), results):
+        results["runs"] = before["runs"]
+    runs = results["runs"]
+
+    def measure(wanted: list[tuple[str, float, int, str]], label: str) -> None:
+        missing = [each for each in wanted if _key(*each) not in runs]
+        futures = {pool.submit(_measure, *each[:3], updates, each[3]): each for each in missing}
+        for future in tqdm(as_completed(futures), total=len(futures), desc=label, unit="run"):
+            runs[_key(*futures[future])] = future.result()
+            write_json(RESULTS, results)
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(directory,)) as pool:
+        measure([(loss, rate, seeds[0], "validation") for loss in LOSSES for rate in RATES], "rates")
+        best = {
+            loss: max(
+                RATES, key=lambda rate: runs[_key(loss, rate, seeds[0], "validation")]["rejection_sampling"]["mean"]
+            )
+            for loss in LOSSES
+        }
+        final = {loss: [(loss, best[loss], seed, "held_out") for seed in seeds] for loss in LOSSES}
+        measure([each for loss in LOSSES for each in final[loss]] + [(START, 0.0, 0, "held_out")], "held out")
+
+    def figures(rule: str, domain: str) -> dict[str, list[float]]:
+        start = {START: [runs[_key(START, 0.0, 0, "held_out")][rule][domain]]}
+        return start | {loss: [runs[_key(*each)][rule][domain] for each in final[loss]] for loss in LOSSES}
+
+    results |= {
+        "seeds": seeds,
+        "best_rate": best,
+        "acceptance_length": figures("rejection_sampling", "mean"),
+        "target_only": figures("target_only", "mean"),
+        "by_domain": {domain: figures("rejection_sampling", domain) for domain in DOMAINS},
+    }
+    write_json(RESULTS, results)
+    return results
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    keys = ("model_sha256", "num_steps", "updates", "rates", "tokens_per_update", "held_out_documents_per_domain")
+    return all(before["conditions"].get(key) == now["conditions"].get(key) for key in keys)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: mean over seeds and, after ±, half the range between the lowest and the highest seed."""
+    columns = {"rejection sampling": results["acceptance_length"], "target-only": results["target_only"]}
+    columns |= results["by_domain"]
+    lines = ["| loss | rate | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for loss in results["acceptance_length"]:
+        cells = [_spread(column[loss]) for column in columns.values()]
+        lines.append(f"| {loss} | {results['best_rate'].get(loss, '')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """One dot per seed, by loss: acceptance length under both rules."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    names = sorted(results["acceptance_length"], key=lambda loss: statistics.fmean(results["acceptance_length"][loss]))
+    for axis, key, title in zip(
+        axes, ("acceptance_length", "target_only"), ("rejection sampling", "target-only"), strict=True
+    ):
+        for height, loss in enumerate(names):
+            values = results[key][loss]
+            axis.plot(values, [height] * len(values), "o", color="tab:blue", alpha=0.5)
+            axis.plot(statistics.fmean(values), height, "|", color="black", markersize=14)
+        axis.set(yticks=range(len(names)), yticklabels=names, title=title)
+        axis.set_xlabel(f"acceptance length, {NUM_STEPS} draft tokens, temperature 1")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    parser.add_argument("--texts", type=Path, default=ROOT / ".venv" / "losses", help="where generated text is kept")
+    arguments = parser.parse_args()
+    arguments.texts.mkdir(parents=True, exist_ok=True)
+    tiny_draft.make_rollouts()
+    make_texts(arguments.texts)
+    results = run_all(arguments.texts, arguments.seeds, arguments.updates, arguments.workers)
+    RESULTS.with_suffix(".md").write_text(table(results))
+    plot(results, RESULTS.with_suffix(".png"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

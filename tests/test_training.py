@@ -1,0 +1,280 @@
+"""The training loop: it learns, resumes bit for bit, spreads over processes, refuses, and loses nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.tiny_heads import CONFIGS
+from vllm_bebop.draft import DraftError, read_draft
+from vllm_bebop.tensor_files import read_json
+from vllm_bebop.train import checkpoint
+from vllm_bebop.train.backbone import packed_hidden_states
+from vllm_bebop.train.data import DataError
+from vllm_bebop.train.heads import initial_head, load_head
+from vllm_bebop.train.joint import clip_head_gradients, head_parameter_group, joint_head_loss
+from vllm_bebop.train.loop import Settings, TrainingError
+from vllm_bebop.train.objective import trained_chains
+from vllm_bebop.train.run import load_target, train_draft
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = Settings(num_steps=2, learning_rate=1e-2, warmup=0.2, batch_rows=4, context=32, max_updates=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random target without a head, and 40 documents of its own vocabulary."""
+    directory = tmp_path_factory.mktemp("target")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**CONFIGS["qwen3_next"] | {"num_nextn_predict_layers": 1})
+    target = AutoModelForCausalLM.from_config(config)
+    target.lm_head.weight.data *= 8  # far from uniform, so that there is something to learn
+    target.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(1)
+    with open(directory / "data.jsonl", "w") as file:
+        for length in torch.randint(8, 60, (40,), generator=generator).tolist():
+            ids = torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
+            file.write(json.dumps({"token_ids": ids, "prompt_length": 3}) + "\n")
+    return directory
+
+
+def train(model, out, settings=SETTINGS, **options):
+    torch.set_num_threads(1)
+    return train_draft(model, [model / "data.jsonl"], out, settings, **options)
+
+
+def logged(out):
+    return [json.loads(line) for line in (out.parent / f"{out.name}.training/log.jsonl").read_text().splitlines()]
+
+
+def weights(draft):
+    return dict(draft.weights())
+
+
+def assert_equal_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "draft"
+    return train(model, out), out
+
+
+def test_train_raises_acceptance_and_leaves_a_valid_draft(model, uninterrupted):
+    draft, out = uninterrupted
+    assert read_draft(out, read_json(model / "config.json"), model).warnings == ()
+    assert draft.metadata["loss"] == "e2e_tv" and draft.metadata["steps"] == 6 and draft.metadata["gamma"] == 2
+    records = logged(out)
+    assert [record["update"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["acceptance_length"] > records[0]["acceptance_length"] + 0.05
+    assert len(records[0]["overlap"]) == 2 and all(0 < alpha < 1 for alpha in records[0]["overlap"])
+    assert any((out.parent / "draft.training/tensorboard").iterdir())
+
+
+class Interruption(Exception):
+    pass
+
+
+def test_train_resumed_equals_uninterrupted_bit_for_bit(model, uninterrupted, tmp_path, monkeypatch):
+    out = tmp_path / "draft"
+    real = checkpoint.save
+
+    def save_then_stop(run, update, state):
+        real(run, update, state)
+        if update == 4:
+            raise Interruption
+
+    monkeypatch.setattr(checkpoint, "save", save_then_stop)
+    with pytest.raises(Interruption):
+        train(model, out, save_every=2)
+    monkeypatch.undo()
+    assert not out.exists()
+    draft = train(model, out, save_every=2)
+    assert_equal_weights(draft, uninterrupted[0])
+    keys = ("update", "loss", "overlap", "grad_norm", "learning_rate")
+    assert [{k: r[k] for k in keys} for r in logged(out)] == [{k: r[k] for k in keys} for r in logged(uninterrupted[1])]
+
+
+def test_train_killed_resumes_from_the_last_checkpoint(model, uninterrupted, tmp_path):
+    out = tmp_path / "draft"
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.test_training import checkpoint, train
+from pathlib import Path
+real = checkpoint.torch.save
+def killed_while_writing(state, file):
+    real(state, file)
+    if "00000004" in file.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.torch.save = killed_while_writing
+train(Path({str(model)!r}), Path({str(out)!r}), save_every=2)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "draft.training"
+    assert checkpoint.load_newest(run).update == 2
+    assert any(run.glob(".unfinished-*"))
+    assert_equal_weights(train(model, out, save_every=2), uninterrupted[0])
+
+
+def test_train_on_a_full_disk_keeps_the_checkpoint_before(model, uninterrupted, tmp_path, monkeypatch):
+    out = tmp_path / "draft"
+    real = torch.save
+
+    def no_space(state, file):
+        if "00000004" in file.name:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        train(model, out, save_every=2)
+    monkeypatch.undo()
+    run = tmp_path / "draft.training"
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-00000002"]
+    assert_equal_weights(train(model, out, save_every=2), uninterrupted[0])
+
+
+def test_load_newest_passes_over_a_damaged_checkpoint(tmp_path, capsys):
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path, update, {"x": torch.full((100,), update)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000002", "checkpoint-00000003"]
+    damaged = tmp_path / "checkpoint-00000003/state.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert checkpoint.load_newest(tmp_path).update == 2
+    assert "checkpoint-00000003 is damaged" in capsys.readouterr().out
+    (tmp_path / "checkpoint-00000002/complete.json").unlink()
+    assert checkpoint.load_newest(tmp_path) is None
+
+
+def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom tests.test_training import train\n"
+        f"model, out = Path({str(model)!r}), Path({str(tmp_path)!r})\n"
+        "train(model, out / 'rows_shared_out')\n"
+        "train(model, out / 'vocabulary_shared_out', vocabulary_parallel=2)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    result = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("rows_shared_out", "vocabulary_shared_out"):
+        for ours, one in zip(logged(tmp_path / name), logged(uninterrupted[1]), strict=True):
+            assert ours["chains"] == one["chains"]
+            for key in ("loss", "grad_norm", "acceptance_length"):
+                assert ours[key] == pytest.approx(one[key], rel=1e-3), (name, key, ours["update"])
+        assert read_draft(tmp_path / name, read_json(model / "config.json"), model)
+
+
+def test_train_refuses_to_resume_with_other_settings(model, uninterrupted):
+    _, out = uninterrupted
+    with pytest.raises(TrainingError, match="loss 'e2e_tv', not 'tv'"):
+        train(model, out, replace(SETTINGS, loss="tv"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "l2"}, "loss 'l2' is none of ce, kl"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"max_updates": 0}, "max_updates is 0"),
+        ({"context": 3}, "context is 3 tokens"),
+        ({"batch_rows": 500}, "less than one batch of 500"),
+    ],
+)
+def test_train_refuses_bad_settings_by_name(model, tmp_path, change, message):
+    with pytest.raises(TrainingError, match=message):
+        train(model, tmp_path / "draft", replace(SETTINGS, **change))
+    assert not (tmp_path / "draft").exists()
+
+
+def test_train_refuses_missing_data_and_foreign_output(model, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        train_draft(model, [tmp_path / "none.jsonl"], tmp_path / "draft", SETTINGS)
+    with pytest.raises(DraftError, match="eagle"):
+        train(model, tmp_path / "eagle-draft")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DraftError, match="not ours to replace"):
+        train(model, tmp_path / "mine")
+
+
+def test_train_stops_at_a_loss_that_is_not_finite(model, tmp_path):
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        train(model, tmp_path / "draft", replace(SETTINGS, learning_rate=1e30, warmup=0.0))
+    assert not (tmp_path / "draft").exists()
+
+
+def test_packed_hidden_states_are_those_of_each_document_alone(model):
+    target = load_target(model, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(0, 96, (2, 20), generator=generator)
+    documents = torch.tensor([[0] * 3 + [1] * 12 + [2] * 5, [0] * 9 + [-1] * 11])
+    fed, teacher = packed_hidden_states(target, token_ids, documents)
+    assert torch.equal(fed, teacher)  # of this family
+    for row, start, stop in ((0, 0, 3), (0, 3, 15), (0, 15, 20), (1, 0, 9)):
+        alone = target.model(token_ids[row : row + 1, start:stop]).last_hidden_state
+        assert torch.allclose(fed[row, start:stop], alone[0], atol=1e-5)
+    assert not fed[1, 9:].any()
+    together = target.model(token_ids).last_hidden_state  # the fault: documents that see each other
+    assert not torch.allclose(fed[0, 3:15], together[0, 3:15], atol=1e-2)
+
+
+def test_trained_chains_are_fed_only_what_the_policy_wrote():
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, -1]])
+    loss_mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1, 0]]).bool()
+    #    t = 1: x[2], x[3] are the policy's; t = 2: x[3], x[4]; t = 3 would feed x[5]; t = 6: x[7], x[8] of document 1
+    assert trained_chains(documents, loss_mask, 2).tolist() == [[False, True, True, False, False, False, True, False]]
+
+
+def test_objective_in_bf16_gives_fp32_gradients_of_the_served_weights(model):
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        target = load_target(model, torch.device("cpu")).to(dtype)
+        head = initial_head(model, target, dtype=torch.float32)
+        token_ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(0))
+        hidden_states = target.model(token_ids).last_hidden_state
+        everything = torch.zeros_like(token_ids), torch.ones_like(token_ids).bool()
+        joint_head_loss(head, hidden_states, token_ids, *everything, num_steps=2).loss.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in head.parameters() if p.grad is not None)
+        gradients.append(torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_joint_head_loss_reaches_the_head_alone(model, uninterrupted):
+    target = load_target(model, torch.device("cpu")).requires_grad_(True)
+    head = load_head(uninterrupted[1], target, dtype=torch.float32)
+    token_ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(0))
+    hidden_states = target.model(token_ids).last_hidden_state
+    group = head_parameter_group(head, learning_rate=0.5)
+    optimizer = torch.optim.SGD([{"params": target.parameters()}, group], lr=1.0)
+    before = [parameter.clone() for parameter in target.parameters()]
+    objective = joint_head_loss(
+        head, hidden_states, token_ids, torch.zeros_like(token_ids), torch.ones_like(token_ids).bool()
+    )
+    objective.loss.backward()
+    assert all(parameter.grad is None for parameter in target.parameters())
+    norm = clip_head_gradients(head, 1e-3)
+    gradients = torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
+    assert norm > 1e-3 and gradients.norm() == pytest.approx(1e-3, rel=1e-3)
+    weight = head.project.weight.clone()
+    optimizer.step()
+    assert torch.equal(head.project.weight, weight - 0.5 * head.project.weight.grad)
+    assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))

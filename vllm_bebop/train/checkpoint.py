@@ -1,0 +1,76 @@
+"""Training state on disk: written beside, renamed, checksummed; what is damaged or unfinished is never loaded.
+
+RUN/checkpoint-00000200/state.pt         what `save` was given
+RUN/checkpoint-00000200/complete.json    its update number and SHA-256, written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_PREFIX, _TEMPORARY = "checkpoint-", ".unfinished-"
+_KEEP = 2
+
+
+class Checkpoint(NamedTuple):
+    """`update`: how many updates the state has seen."""
+
+    update: int
+    state: dict[str, Any]
+
+
+def save(run: Path, update: int, state: dict[str, Any]) -> None:
+    """Write a checkpoint, all or nothing, then drop all but the newest two.
+
+    Raises:
+        OSError: the disk is full or read-only. Nothing unfinished stays behind, earlier checkpoints are untouched.
+    """
+    destination = run / f"{_PREFIX}{update:08}"
+    temporary = run / f"{_TEMPORARY}{update:08}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            _to_disk(file)
+        with open(temporary / "complete.json", "w") as file:
+            json.dump({"update": update, "sha256": _sha256(temporary / "state.pt")}, file)
+            _to_disk(file)
+        shutil.rmtree(destination, ignore_errors=True)
+        os.replace(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(run)[_KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, with tensors on the CPU; None without one."""
+    for directory in _checkpoints(run):
+        try:
+            record = json.loads((directory / "complete.json").read_text())
+            if record["sha256"] == _sha256(directory / "state.pt"):
+                return Checkpoint(record["update"], torch.load(directory / "state.pt", "cpu", weights_only=True))
+        except (OSError, ValueError, KeyError):
+            pass
+        print(f"{directory} is damaged: going back to the checkpoint before it")
+    return None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(run.glob(f"{_PREFIX}*"), reverse=True)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""How training is spread: rows over processes, weights sharded by FSDP2, the vocabulary over `vocabulary_parallel`.
+
+Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others. Processes of one vocabulary group hold the same rows and a slice of lm_head each."""
+
+    device: torch.device
+    mesh: DeviceMesh | None = None  # ("data", "vocabulary"); None: this is the only process
+
+    @classmethod
+    def from_environment(cls, vocabulary_parallel: int = 1) -> Self:
+        """Join torchrun's processes, on its GPU if there is one.
+
+        Raises:
+            ValueError: `vocabulary_parallel` does not divide the number of processes.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if vocabulary_parallel < 1 or count % vocabulary_parallel:
+            raise ValueError(f"vocabulary_parallel {vocabulary_parallel} does not divide {count} processes")
+        kind, device = "cpu", torch.device("cpu")
+        if torch.cuda.is_available():
+            kind, device = "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if count == 1:
+            return cls(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        shape = (count // vocabulary_parallel, vocabulary_parallel)
+        return cls(device, init_device_mesh(kind, shape, mesh_dim_names=("data", "vocabulary")))
+
+    @property
+    def is_first(self) -> bool:
+        """True for the one that writes."""
+        return self.mesh is None or dist.get_rank() == 0
+
+    @property
+    def data_parallel(self) -> int:
+        """Among how many an update's rows are dealt out."""
+        return 1 if self.mesh is None else self.mesh["data"].size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this is."""
+        return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
+
+    @property
+    def vocabulary_group(self) -> dist.ProcessGroup | None:
+        """The processes that share the vocabulary out; None if each holds all of it."""
+        if self.mesh is None or self.mesh["vocabulary"].size() == 1:
+            return None
+        return self.mesh["vocabulary"].get_group()
+
+    def vocabulary_shard(self, lm_head: Tensor) -> Tensor:
+        """This process's part of lm_head [vocab_size, hidden_size], a view.
+
+        Raises:
+            ValueError: the vocabulary does not divide evenly.
+        """
+        if self.mesh is None or self.vocabulary_group is None:
+            return lm_head
+        parts = self.mesh["vocabulary"].size()
+        if lm_head.shape[0] % parts:
+            raise ValueError(f"a vocabulary of {lm_head.shape[0]} does not divide by vocabulary_parallel {parts}")
+        return lm_head.chunk(parts)[self.mesh["vocabulary"].get_local_rank()]
+
+    def shard(self, decoder_layers: Iterable[nn.Module], rollout: nn.Module) -> None:
+        """Spread the target's layers and the head over all processes. Embedding, norm and lm_head stay whole."""
+        if self.mesh is None:
+            return
+        everyone = self.mesh._flatten("everyone")
+        for layer in decoder_layers:
+            fully_shard(layer, mesh=everyone)
+        fully_shard(rollout, mesh=everyone)
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the processes that hold different rows."""
+        tensor = tensor.to(self.device)
+        if self.mesh is not None:
+            dist.all_reduce(tensor, group=self.mesh["data"].get_group())
+        return tensor

@@ -1,0 +1,121 @@
+"""`bebop train`: from a checkpoint and data to a draft directory that vLLM serves.
+
+Everything that can be refused is refused before the target is loaded; the draft appears, whole, when training is done.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from vllm_bebop.draft import Draft, refuse_misread_path
+from vllm_bebop.train.data import Documents, PackedRows, load_documents
+from vllm_bebop.train.export import export_draft
+from vllm_bebop.train.heads import MTPHead, initial_head, new_head
+from vllm_bebop.train.loop import Settings, Trainer, TrainingError
+from vllm_bebop.train.processes import Processes
+
+
+def train_draft(
+    model: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    settings: Settings,
+    *,
+    start: str | Path | None = None,
+    save_every: int = 200,
+    vocabulary_parallel: int = 1,
+    strict: bool = False,
+) -> Draft | None:
+    """Train a head for `model` on `data` and write it to `out`. Run again after an interruption, it goes on.
+
+    Args:
+        model: checkpoint directory, or a Hub repository.
+        data: JSONL or Parquet files, see `vllm_bebop.train.data`.
+        out: the draft directory to create; `out`.training beside it holds checkpoints and logs.
+        start: draft directory to start from; default the checkpoint's own head, else its last decoder layer.
+        save_every: updates between checkpoints.
+        vocabulary_parallel: processes that share out lm_head, for vocabularies whose logits fill a GPU.
+        strict: a bad line of data is an error.
+    Returns:
+        The draft, on the first process; None on the others.
+    Raises:
+        TrainingError, DataError, DraftError, ValueError: see there; each names what to change.
+    """
+    model, out = _directory(model), Path(out).absolute()
+    refuse_misread_path(out)
+    run = out.with_name(out.name + ".training")
+    asked = {"model": str(model), "data": list(map(str, data)), "start": start and str(start), **asdict(settings)}
+    _refuse_other_run(run, asked)
+    processes = Processes.from_environment(vocabulary_parallel)
+    documents = _read(model, data, settings, strict)
+    rows = PackedRows(documents, settings.context, settings.num_steps, settings.seed)
+    target = load_target(model, processes.device)
+    head = initial_head(start or model, target, dtype=torch.float32)
+    if processes.is_first:
+        print(f"{documents}\n{rows}", flush=True)
+        _record(run, asked)
+    trainer = Trainer(target, head, rows, settings, run, processes, save_every)
+    state = trainer.train()
+    if not processes.is_first:
+        return None
+    metadata = {
+        "loss": settings.loss,
+        "steps": trainer.updates,
+        "gamma": settings.num_steps,
+        "sampling": asdict(settings.policy),
+    }
+    return export_draft(_whole_head(target, state), model, out, metadata)
+
+
+def load_target(model: str | Path, device: torch.device) -> PreTrainedModel:
+    """The target in its own dtype (in fp32 on a CPU), memory-mapped, without gradients."""
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=Path(model).is_dir())
+    torch.nn.Module.to(target, device)
+    return target.requires_grad_(False).eval()
+
+
+def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: bool) -> Documents:
+    vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    has_tokenizer = any(model.glob("tokenizer*"))
+    tokenizer = AutoTokenizer.from_pretrained(model) if has_tokenizer else None
+    return load_documents(data, tokenizer, vocab_size, settings.num_steps, strict)
+
+
+def _directory(model: str | Path) -> Path:
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
+
+
+def _refuse_other_run(run: Path, asked: dict[str, object]) -> None:
+    """Raises: TrainingError, if `run` was begun with other settings."""
+    path = run / "settings.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    for key, value in json.loads(json.dumps(asked)).items():
+        if before.get(key) != value:
+            raise TrainingError(
+                f"{run} was begun with {key} {before.get(key)!r}, not {value!r}: ask for the same to go on with it, "
+                "choose another --out, or remove that directory"
+            )
+
+
+def _record(run: Path, asked: dict[str, object]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / "settings.json.tmp"
+    temporary.write_text(json.dumps(asked, indent=2) + "\n")
+    os.replace(temporary, run / "settings.json")
+
+
+def _whole_head(target: PreTrainedModel, state: dict[str, Tensor]) -> MTPHead:
+    """A head with these parameters that no process has a part of."""
+    head = new_head(target, dtype=torch.float32).cpu()
+    head.load_state_dict(state)
+    return head

@@ -1,0 +1,108 @@
+"""Token ids of texts and conversations, and which of a conversation's tokens the policy generated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+from vllm_bebop.train.records import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_token_ids(token_ids: Any, vocab_size: int | None = None) -> None:
+    """Raises DataError unless `token_ids` is a non-empty list of whole numbers from 0, below `vocab_size` if given."""
+    if not isinstance(token_ids, list) or not token_ids or set(map(type, token_ids)) != {int}:
+        raise DataError("token ids must be a non-empty list of whole numbers")
+    if min(token_ids) < 0:
+        raise DataError(f"token id {min(token_ids)} is below 0")
+    if vocab_size is not None and max(token_ids) >= vocab_size:
+        raise DataError(f"token id {max(token_ids)} is outside the model's vocabulary of {vocab_size}")
+
+
+def tokenise_text(text: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Token ids with the special tokens that the tokenizer adds. Raises DataError where that is not possible."""
+    if tokenizer is None:
+        raise DataError("this model has no tokenizer: only token ids can be used")
+    if not isinstance(text, str) or not text:
+        raise DataError("a text must be a non-empty string")
+    return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def tokenise_chat_prompt(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """What the assistant answers to in {"messages": [...], "tools": [...]}: all up to its last turn, which is left out.
+
+    Raises:
+        DataError: no tokenizer, malformed messages, or the chat template refuses them.
+    """
+    tokenizer = _check_messages(record, tokenizer)
+    prompt = _render(record, tokenizer, _length_before_answer(record), add_generation_prompt=True)
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def tokenise_conversation(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[int], bytes]:
+    """All tokens of {"messages": [...], "tools": [...]}, and a byte for each: 1 for those that the policy generated.
+
+    They are the assistant's turns where the chat template marks them ({% generation %}). Where it does not, they are
+    the assistant's last turn, up to its end-of-text token: what follows the last message of anyone else (user, tool),
+    without what the template puts in front of every answer.
+
+    Raises:
+        DataError: no tokenizer, malformed messages, or the chat template refuses them or renders them in another way
+            once they are answered.
+    """
+    tokenizer = _check_messages(record, tokenizer)
+    text = _render(record, tokenizer)
+    if re.search(r"{%-?\s*generation\b", tokenizer.get_chat_template(tools=record.get("tools"))):
+        encoded: Any = tokenizer.apply_chat_template(
+            record["messages"], tools=record.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), bytes(encoded["assistant_masks"])
+    length = _length_before_answer(record)
+    if not text.startswith(_render(record, tokenizer, length)):
+        raise DataError("the chat template renders earlier messages in another way once answered: give token ids")
+    # Of the prompt as it was served, what the template keeps: some drop a thinking part that was opened there.
+    prompt = commonprefix([text, _render(record, tokenizer, length, add_generation_prompt=True)])
+    # Tokenised apart, as when serving: no token spans prompt and answer.
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id in answer:
+        answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+    return [*before, *answer], bytes(len(before)) + b"\1" * len(answer)
+
+
+def _check_messages(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    if tokenizer is None:
+        raise DataError("this model has no tokenizer: only token ids can be used")
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
+        raise DataError("'messages' must be a list of objects with a 'role'")
+    return tokenizer
+
+
+def _length_before_answer(record: Mapping[str, Any]) -> int:
+    """How many messages come before the assistant's last turn."""
+    return 1 + max((i for i, message in enumerate(record["messages"]) if message["role"] != "assistant"), default=-1)
+
+
+def _render(
+    record: Mapping[str, Any],
+    tokenizer: Any,
+    length: int | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The first `length` messages as text."""
+    try:
+        return tokenizer.apply_chat_template(
+            record["messages"][:length],
+            tools=record.get("tools"),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise DataError(f"the chat template refuses the messages ({error})") from error
