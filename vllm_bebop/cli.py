@@ -193,6 +193,59 @@ def train(
         typer.echo(f"{out} written; serve it with\n  vllm serve {model} --speculative-config '{serve}'")
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Target checkpoint: a directory or a Hub id.")],
+    data: Annotated[
+        list[str], typer.Option(help="[NAME=]PATH of JSONL or Parquet, as for `bebop train`; may be repeated.")
+    ],
+    draft: Annotated[
+        str | None, typer.Option(help="Draft directory or Hub id; default: the target's own head.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 3,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the sampling policy; default: the one that the draft was trained for.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --temperature.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="With --temperature.")] = None,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="Of each file, from its beginning.")] = None,
+    output: Annotated[Path, typer.Option(help="JSON; the plot goes beside it.")] = Path("evaluation.json"),
+) -> None:
+    """Predict acceptance on given text, by step, entropy, output position and domain, without an engine."""
+    from vllm_bebop.tensor_files import CheckpointError
+    from vllm_bebop.train.evaluate import evaluate_files
+    from vllm_bebop.train.evaluation_report import table, write_report
+    from vllm_bebop.train.losses import SamplingPolicy
+
+    if temperature is None and (top_k, top_p, min_p) != (None, None, None):
+        raise typer.BadParameter("give the whole policy, with --temperature", param_hint="--top-k, --top-p, --min-p")
+    files = dict(_name_and_path(entry if "=" in entry else f"{Path(entry).stem}={entry}") for entry in data)
+    with _errors("eval", CheckpointError, ValueError, OSError):
+        policy = None if temperature is None else SamplingPolicy(temperature, top_k, top_p, min_p)
+        results = evaluate_files(model, draft, files, steps, policy, max_documents)
+        write_report(results, output)
+    typer.echo(f"\n{table(results)}\n\n{output} and {output.with_suffix('.png')} written")
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Option(help="The target's directory, with or without a head.")],
+    draft: Annotated[Path, typer.Option(help="The draft's directory.")],
+    out: Annotated[Path, typer.Option(help="The directory to create: a full checkpoint.")],
+) -> None:
+    """Stitch a draft into its target: a checkpoint that stock vLLM, SGLang and Transformers load."""
+    from vllm_bebop import merge as merging
+    from vllm_bebop.tensor_files import CheckpointError
+
+    with _errors("merge", CheckpointError, OSError):
+        merged = merging.merge(model, draft, out)
+    for warning in merged.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    replaced = f", in place of {merged.num_replaced} of the target's own" if merged.num_replaced else ""
+    typer.echo(f"{out} written: the target and {merged.num_head_tensors} tensors of the head{replaced}, all verified")
+
+
 @contextmanager
 def _errors(command: str, *expected: type[Exception]) -> Iterator[None]:
     """What a user can mend is said in its own words, without a traceback; exit code 1, or 130 after Ctrl-C."""

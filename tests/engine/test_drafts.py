@@ -5,10 +5,12 @@ import logging
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
 from vllm_bebop.draft import DraftError, draft_config, fingerprint, head_tensor_names, write_draft
+from vllm_bebop.merge import merge
 
 PROMPTS = ["import os", "The return value", "x = [1, 2", "def read", "for name in", "class A"]
 
@@ -55,6 +57,35 @@ def test_draft_replaces_the_targets_own_head(checkpoint, native, tmp_path):
         _, (rounds, accepted) = _served(llm)
     native_rounds, native_accepted = native[1]
     assert accepted[0] / rounds < 0.5 * native_accepted[0] / native_rounds
+
+
+def test_merged_checkpoint_drafts_in_stock_vllm_as_the_draft_does_in_bebop(checkpoint, tmp_path):
+    """Greedily, where both accept a draft that is the target's likeliest token: the same text, the same counts.
+
+    The head is a damaged one, so that another head, the target's own above all, would be accepted more.
+    """
+    from vllm import SamplingParams
+
+    config, _, head = checkpoint
+    generator = torch.Generator().manual_seed(0)
+    noise = head["mtp.fc.weight"].std() * torch.randn(head["mtp.fc.weight"].shape, generator=generator)
+    damaged = head | {"mtp.fc.weight": (head["mtp.fc.weight"] + 0.7 * noise).bfloat16()}
+    draft = write_draft(tmp_path / "draft", damaged, draft_config(config))
+    merged = merge(TINY_MODEL, draft.path, tmp_path / "merged")
+    assert merged.num_replaced == len(head)
+
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    results = []
+    for speculation, model in (
+        (BEBOP | {"model": str(draft.path)}, TINY_MODEL),
+        ({"method": "mtp", "num_speculative_tokens": 3}, merged.path),
+    ):
+        with engine(speculation, model=str(model)) as llm:
+            tokens = token_ids(llm.generate(PROMPTS, params, use_tqdm=False))
+            results.append((tokens, *accepted_per_position(llm)))
+    (bebop, rounds, accepted), stock = results
+    assert stock == (bebop, rounds, accepted)
+    assert 0 < accepted[0] < rounds
 
 
 def test_draft_of_other_weights_warns_loudly(checkpoint, tmp_path, monkeypatch):
