@@ -47,8 +47,8 @@ START = "start"  # the head that every loss starts from
 
 NUM_STEPS = 3  # draft steps, in training and in evaluation
 RATES = (3e-4, 1e-3, 3e-3)
-VALIDATION, HELD_OUT, NEW_TOKENS = 12, 32, 208  # documents per domain, and tokens of each
-CONTEXT, BATCH_ROWS = 512, 4
+VALIDATION, HELD_OUT, NEW_TOKENS = 8, 24, 160  # documents per domain, and tokens of each
+CONTEXT, BATCH_ROWS = 512, 2
 
 
 def make_texts(directory: Path) -> None:
@@ -103,8 +103,8 @@ def _prepare(directory: Path) -> None:
     _worker.update(target=target, training=training, validation=load("validation"), held_out=load("held_out"))
 
 
-def _measure(loss: str, rate: float, seed: int, updates: int, purpose: str) -> dict[str, Any]:
-    """Train one head and evaluate it."""
+def _measure(loss: str, rate: float, seed: int, updates: int) -> dict[str, Any]:
+    """Train one head; its acceptance length by purpose, rule and domain."""
     target = _worker["target"]
     head = load_head(MODEL, target, dtype=torch.float32)
     if loss != START:
@@ -122,12 +122,13 @@ def _measure(loss: str, rate: float, seed: int, updates: int, purpose: str) -> d
         with tempfile.TemporaryDirectory() as run:
             trainer = CachingTrainer(target, head, rows, settings, Path(run), Processes(torch.device("cpu")))
             head.load_state_dict(trainer.train())
-    return _acceptance_length(head, purpose)
+    head.requires_grad_(False)
+    return {purpose: _acceptance_length(head, purpose) for purpose in ("validation", "held_out")}
 
 
 def _acceptance_length(head: MTPHead, purpose: str) -> dict[str, Any]:
     documents = {domain: texts(found) for domain, found in _worker[purpose].items()}
-    report = evaluate(_worker["target"], head.requires_grad_(False), documents, NUM_STEPS, SamplingPolicy())
+    report = evaluate(_worker["target"], head, documents, NUM_STEPS, SamplingPolicy())
     return {
         rule: {domain: section["acceptance_length"][rule]["mean"] for domain, section in report["domains"].items()}
         | {"mean": statistics.fmean(s["acceptance_length"][rule]["mean"] for s in report["domains"].values())}
@@ -135,8 +136,8 @@ def _acceptance_length(head: MTPHead, purpose: str) -> dict[str, Any]:
     }
 
 
-def _key(loss: str, rate: float, seed: int, purpose: str) -> str:
-    return f"{loss} rate={rate:g} seed={seed} {purpose}"
+def _key(loss: str, rate: float, seed: int) -> str:
+    return f"{loss} rate={rate:g} seed={seed}"
 
 
 def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> dict[str, Any]:
@@ -148,28 +149,29 @@ def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> di
         results["runs"] = before["runs"]
     runs = results["runs"]
 
-    def measure(wanted: list[tuple[str, float, int, str]], label: str) -> None:
+    def measure(wanted: list[tuple[str, float, int]], label: str) -> None:
         missing = [each for each in wanted if _key(*each) not in runs]
-        futures = {pool.submit(_measure, *each[:3], updates, each[3]): each for each in missing}
+        futures = {pool.submit(_measure, *each, updates): each for each in missing}
         for future in tqdm(as_completed(futures), total=len(futures), desc=label, unit="run"):
             runs[_key(*futures[future])] = future.result()
             write_json(RESULTS, results)
 
+    def validated(loss: str, rate: float) -> float:
+        return runs[_key(loss, rate, seeds[0])]["validation"]["rejection_sampling"]["mean"]
+
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(directory,)) as pool:
-        measure([(loss, rate, seeds[0], "validation") for loss in LOSSES for rate in RATES], "rates")
-        best = {
-            loss: max(
-                RATES, key=lambda rate: runs[_key(loss, rate, seeds[0], "validation")]["rejection_sampling"]["mean"]
-            )
-            for loss in LOSSES
-        }
-        final = {loss: [(loss, best[loss], seed, "held_out") for seed in seeds] for loss in LOSSES}
-        measure([each for loss in LOSSES for each in final[loss]] + [(START, 0.0, 0, "held_out")], "held out")
+        measure(
+            [(START, 0.0, 0)] + [(loss, rate, seeds[0]) for rate in RATES for loss in LOSSES], "first seed, all rates"
+        )
+        best = {loss: max(RATES, key=lambda rate: validated(loss, rate)) for loss in LOSSES}
+        measure([(loss, best[loss], seed) for seed in seeds[1:] for loss in LOSSES], "other seeds, best rate")
 
     def figures(rule: str, domain: str) -> dict[str, list[float]]:
-        start = {START: [runs[_key(START, 0.0, 0, "held_out")][rule][domain]]}
-        return start | {loss: [runs[_key(*each)][rule][domain] for each in final[loss]] for loss in LOSSES}
+        keys = {START: [_key(START, 0.0, 0)]} | {
+            loss: [_key(loss, best[loss], seed) for seed in seeds] for loss in LOSSES
+        }
+        return {loss: [runs[key]["held_out"][rule][domain] for key in each] for loss, each in keys.items()}
 
     results |= {
         "seeds": seeds,
@@ -228,7 +230,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     parser.add_argument("--texts", type=Path, default=ROOT / ".venv" / "losses", help="where generated text is kept")
     arguments = parser.parse_args()

@@ -22,7 +22,7 @@ SCRATCH = HERE.parent / ".venv" / "tiny_draft"
 
 PROMPTS_PER_DOMAIN = 128
 PROMPT_TOKENS, NEW_TOKENS = 48, 464
-SETTINGS = Settings(loss="e2e_tv", num_steps=5, learning_rate=1e-3, batch_rows=4, context=512, epochs=4)
+SETTINGS = Settings(loss="e2e_tv", num_steps=5, learning_rate=1e-3, batch_rows=4, context=512, epochs=3)
 
 
 def make_rollouts() -> Path:

@@ -67,7 +67,7 @@ class Trainer:
     """One run; `train` does it.
 
     Args:
-        model: the target, on `processes.device`; frozen here.
+        model: the target, on `processes.device`, its layers spread over them if there are several; frozen here.
         head: its head, in fp32 (the optimizer's master weights) on the same device.
         rows: the data.
         run: directory for checkpoints and logs.
@@ -104,7 +104,7 @@ class Trainer:
         self.run, self.processes, self.save_every = run, processes, save_every
         self.rollout = Rollout(head)
         self.lm_head = processes.vocabulary_shard(head.lm_head)
-        processes.shard(model.base_model.get_submodule("layers").children(), self.rollout)
+        processes.shard(self.rollout)
         self.parameters = [p for p in self.rollout.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 

@@ -4,7 +4,6 @@ Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it ther
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -78,14 +77,11 @@ class Processes:
             raise ValueError(f"a vocabulary of {lm_head.shape[0]} does not divide by vocabulary_parallel {parts}")
         return lm_head.chunk(parts)[self.mesh["vocabulary"].get_local_rank()]
 
-    def shard(self, decoder_layers: Iterable[nn.Module], rollout: nn.Module) -> None:
-        """Spread the target's layers and the head over all processes. Embedding, norm and lm_head stay whole."""
-        if self.mesh is None:
-            return
-        everyone = self.mesh._flatten("everyone")
-        for layer in decoder_layers:
-            fully_shard(layer, mesh=everyone)
-        fully_shard(rollout, mesh=everyone)
+    def shard(self, *modules: nn.Module) -> None:
+        """Spread the weights of each module over all processes, on their devices (FSDP2); alone, do nothing."""
+        if self.mesh is not None:
+            for module in modules:
+                fully_shard(module, mesh=self.mesh._flatten())
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the processes that hold different rows."""

@@ -56,8 +56,10 @@ def train_draft(
     processes = Processes.from_environment(vocabulary_parallel)
     documents = _read(model, data, settings, strict)
     rows = PackedRows(documents, settings.context, settings.num_steps, settings.seed)
-    target = load_target(model, processes.device)
+    target = load_target(model, torch.device("cpu") if processes.mesh is not None else processes.device)
     head = initial_head(start or model, target, dtype=torch.float32)
+    if processes.mesh is not None:
+        _spread(target, head, processes)
     if processes.is_first:
         print(f"{documents}\n{rows}", flush=True)
         _record(run, asked)
@@ -75,11 +77,20 @@ def train_draft(
 
 
 def load_target(model: str | Path, device: torch.device) -> PreTrainedModel:
-    """The target in its own dtype (in fp32 on a CPU), memory-mapped, without gradients."""
-    dtype = "auto" if device.type == "cuda" else torch.float32
+    """The target in its own dtype (in fp32 without a GPU), without gradients."""
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
     target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=Path(model).is_dir())
     torch.nn.Module.to(target, device)
     return target.requires_grad_(False).eval()
+
+
+def _spread(target: PreTrainedModel, head: MTPHead, processes: Processes) -> None:
+    """From the CPU to all processes: layers in parts, one layer at a time; embedding and lm_head whole, held once."""
+    processes.shard(*target.base_model.get_submodule("layers").children())
+    torch.nn.Module.to(target, processes.device)
+    head.embed_tokens = target.get_input_embeddings().get_parameter("weight").detach()
+    head.lm_head = target.get_output_embeddings().get_parameter("weight").detach()
+    head.to(processes.device)
 
 
 def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: bool) -> Documents:
