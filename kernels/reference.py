@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_bebop.kernels.arguments import check_logits, check_tensor
 from vllm_bebop.kernels.philox import Stream, gumbel, uniform
 
 SUB_BLOCK = 512
@@ -85,7 +86,7 @@ def sample_reference(
         ValueError: a shape, dtype or device is wrong; the message names the argument.
     Memory: about four [B, V] temporaries of `dtype`.
     """
-    _check_logits("logits", logits, (None, None), logits.device)
+    check_logits("logits", logits, (None, None), logits.device)
     batch = logits.shape[0]
     _check_requests(batch, logits.device, temperature, seeds, positions)
     _check_compute_dtype(dtype)
@@ -114,6 +115,8 @@ def verify_reference(
     *,
     one_hot: Tensor | None = None,
     target_is_processed: bool = False,
+    bitmask: Tensor | None = None,
+    min_p: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Verification:
     """Accepts or rejects draft tokens so that the output follows the target exactly (Eq. 1 and 2).
@@ -132,6 +135,8 @@ def verify_reference(
         one_hot: [B] bool, requests whose draft is a point mass on its token (Eq. 1); their draft_logits are not used.
         target_is_processed: the target rows already carry temperature and masks (-inf). Temperature then applies to
             the draft rows only, and below 1e-5 still means argmax.
+        bitmask: [rows of target_logits, ceil(V / 32)] int32: token v is allowed if bit v % 32 of word v // 32 is set.
+        min_p: [B] fp32. Tokens with p(v) < min_p * max p are left out of p; 0 leaves out none.
         dtype: compute dtype, fp32 or fp64.
     Returns:
         Verification.
@@ -139,16 +144,21 @@ def verify_reference(
         ValueError: a shape, dtype, device or count is wrong; the message names the argument.
     Memory: about four temporaries of `dtype` of the size of target_logits and as many of draft_logits.
     """
-    _check_logits("target_logits", target_logits, (None, None), target_logits.device)
+    check_logits("target_logits", target_logits, (None, None), target_logits.device)
     device, vocab_size = target_logits.device, target_logits.shape[1]
-    _check("draft_token_ids", draft_token_ids, (None, None), torch.int64, device)
+    check_tensor("draft_token_ids", draft_token_ids, (None, None), torch.int64, device)
     batch, max_drafts = draft_token_ids.shape
     if draft_logits is not None:
-        _check_logits("draft_logits", draft_logits, (batch, max_drafts, vocab_size), device)
-    _check("num_draft_tokens", num_draft_tokens, (batch,), torch.int64, device)
+        check_logits("draft_logits", draft_logits, (batch, max_drafts, vocab_size), device)
+    check_tensor("num_draft_tokens", num_draft_tokens, (batch,), torch.int64, device)
     _check_requests(batch, device, temperature, seeds, positions)
     if one_hot is not None:
-        _check("one_hot", one_hot, (batch,), torch.bool, device)
+        check_tensor("one_hot", one_hot, (batch,), torch.bool, device)
+    if bitmask is not None:
+        check_tensor("bitmask", bitmask, (target_logits.shape[0], (vocab_size + 31) // 32), torch.int32, device)
+        target_logits = target_logits.masked_fill(~_unpack(bitmask, vocab_size), NEG_INF)
+    if min_p is not None:
+        check_tensor("min_p", min_p, (batch,), torch.float32, device)
     _check_compute_dtype(dtype)
     if ((num_draft_tokens < 0) | (num_draft_tokens > max_drafts)).any():
         raise ValueError(f"num_draft_tokens must lie in 0 .. {max_drafts}, the width of draft_token_ids")
@@ -166,6 +176,9 @@ def verify_reference(
 
     request_of_row = torch.arange(batch, device=device).repeat_interleave(num_rows)
     scores, num_nan = _scores(target_logits, temperature[request_of_row], dtype, divide=not target_is_processed)
+    if min_p is not None:
+        threshold = scores.amax(dim=1) + min_p.to(dtype).log()[request_of_row]
+        scores = scores.masked_fill(scores < threshold[:, None], NEG_INF)
     target = _Rows.from_scores(scores)
     log_p = target.log_probs()
 
@@ -330,6 +343,12 @@ def _scores(logits: Tensor, temperature: Tensor, dtype: torch.dtype, *, divide: 
     return scores, is_nan.sum(dim=1)
 
 
+def _unpack(bitmask: Tensor, vocab_size: int) -> Tensor:
+    """[N, V] bool from [N, ceil(V / 32)] int32, the lowest bit first."""
+    bits = bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    return (bits & 1).flatten(1)[:, :vocab_size].bool()
+
+
 def _draft_log_probs(
     token_ids: Tensor,
     logits: Tensor | None,
@@ -357,32 +376,10 @@ def _entropy_nats(log_probs: Tensor) -> Tensor:
     return -torch.where(probs > 0, probs * log_probs, 0.0).sum(dim=1)
 
 
-def _check(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: torch.device
-) -> None:
-    matches = tensor.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not matches:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {['*' if n is None else n for n in shape]}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}")
-
-
-def _check_logits(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    _check(name, tensor, shape, None, device)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float dtype")
-    if tensor.shape[-1] == 0:
-        raise ValueError(f"{name} has an empty vocabulary")
-
-
 def _check_requests(batch: int, device: torch.device, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    _check("temperature", temperature, (batch,), torch.float32, device)
-    _check("seeds", seeds, (batch,), torch.int64, device)
-    _check("positions", positions, (batch,), torch.int64, device)
+    check_tensor("temperature", temperature, (batch,), torch.float32, device)
+    check_tensor("seeds", seeds, (batch,), torch.int64, device)
+    check_tensor("positions", positions, (batch,), torch.int64, device)
 
 
 def _check_compute_dtype(dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ pip install 'pip>=25'
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   pip install 'vllm>=0.32,<0.33' setuptools wheel
-  pip install --no-build-isolation -e '.[bench,dev]'
+  pip install --no-build-isolation -e '.[train,bench,dev]'
 else
   pip install --no-deps -r requirements/cpu.lock
   pip install --no-deps --no-build-isolation -e .

@@ -52,7 +52,9 @@ def main() -> None:
         python = prepare(version)
         print(f"=== vLLM {version}", flush=True)
         environ = os.environ | {"VLLM_BEBOP_CANDIDATE": ".".join(version.split(".")[:2])}
-        if subprocess.run([python, "-m", "pytest", "-q", arguments.tests], cwd=ROOT, env=environ).returncode:
+        if subprocess.run(
+            [python, "-m", "pytest", "-q", "-n2", "--dist=loadfile", arguments.tests], cwd=ROOT, env=environ
+        ).returncode:
             failed.append(version)
     print(f"failed on {', '.join(failed)}" if failed else f"passed on {', '.join(arguments.versions)}")
     sys.exit(bool(failed))

@@ -25,7 +25,17 @@ MAX_REGISTERS = 168  # of 65,536 per processor: at least one program of 8 warps,
 BF16 = ["logits", "cache", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
 INT64 += ["num_accepted", "num_nan", "num_empty", "step"]
-INT32 = ["slots", "first_rows", "tickets", "row_tickets", "request_tickets", "verdicts", "first_rejected", "unresolved"]
+INT32 = [
+    "slots",
+    "bitmask",
+    "first_rows",
+    "tickets",
+    "row_tickets",
+    "request_tickets",
+    "verdicts",
+    "first_rejected",
+    "unresolved",
+]
 BOOL = ["is_empty", "one_hot"]
 TYPES = {
     name: type for names, type in ((BF16, "*bf16"), (INT64, "*i64"), (INT32, "*i32"), (BOOL, "*i1")) for name in names
@@ -64,30 +74,44 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
 
 def sampling(target: str):
-    from vllm_bebop.kernels.draft_sampling import _sample_kernel
+    from vllm_bebop.kernels.draft_kernel import sample_kernel
 
-    return compile_kernel(_sample_kernel, target, 8, BLOCK_STREAM=0, TOKEN_STREAM=1)
+    return compile_kernel(sample_kernel, target, 8, BLOCK_STREAM=0, TOKEN_STREAM=1)
 
 
-def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = ()):
-    from vllm_bebop.kernels.verification import _verify_kernel
+FILTERS = ("bitmask", "min_p")
+
+
+def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = FILTERS):
+    from vllm_bebop.kernels.verification_kernel import verify_kernel
 
     constants = {name: name in parts for name in ("STATISTICS", "RESOLUTION", "RESIDUAL")}
-    others = {"TARGET_IS_PROCESSED": False, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4}
-    return compile_kernel(_verify_kernel, target, num_warps, absent, **constants, **others)
+    others = {"NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4}
+    return compile_kernel(verify_kernel, target, num_warps, absent, **constants, **others)
 
 
-ONE_HOT = ("draft", "draft_logsumexp", "draft_argmax", "draft_statistics", "slots", "one_hot")
+ONE_HOT = ("draft", "draft_logsumexp", "draft_argmax", "draft_statistics", "slots", "one_hot", *FILTERS)
 KERNELS = {
     "sample": sampling,
     "statistics": lambda target: verification(target, 8, "STATISTICS"),
-    "statistics of draft rows too": lambda target: verification(target, 8, "STATISTICS", absent=("draft_logsumexp",)),
+    "statistics of draft rows too": lambda target: verification(
+        target, 8, "STATISTICS", absent=("draft_logsumexp", *FILTERS)
+    ),
     "statistics of one-hot drafts": lambda target: verification(target, 8, "STATISTICS", absent=ONE_HOT),
     "resolution": lambda target: verification(target, 4, "RESOLUTION"),
     "residual": lambda target: verification(target, 8, "RESIDUAL"),
+    "resolution with filters": lambda target: verification(target, 4, "RESOLUTION", absent=()),
+    "residual with filters": lambda target: verification(target, 16, "RESIDUAL", absent=()),
+    "single launch with a bitmask": lambda target: verification(
+        target, 16, "STATISTICS", "RESOLUTION", absent=("min_p",)
+    ),
+    "single launch with min-p": lambda target: verification(
+        target, 16, "STATISTICS", "RESOLUTION", absent=("bitmask",)
+    ),
+    "single launch with filters": lambda target: verification(target, 16, "STATISTICS", "RESOLUTION", absent=()),
     "single launch": lambda target: verification(target, 8, "STATISTICS", "RESOLUTION"),
 }
-READS_ROWS = [name for name in KERNELS if name != "resolution"]
+READS_ROWS = [name for name in KERNELS if not name.startswith("resolution")]
 
 # Every kernel for one target, and the two that contain everything for the others.
 CASES = [

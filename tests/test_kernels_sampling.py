@@ -235,7 +235,7 @@ def test_sample_of_nothing() -> None:
 
 @runs_kernels
 def test_sample_does_not_depend_on_the_batch(monkeypatch) -> None:
-    from vllm_bebop.kernels import draft_sampling
+    from vllm_bebop.kernels import launch
 
     values = arguments(12, 8192 + 600, torch.bfloat16)
     out = sample(*values.values())
@@ -245,7 +245,7 @@ def test_sample_does_not_depend_on_the_batch(monkeypatch) -> None:
     assert_bitwise_equal(permuted, type(out)(**expected))
     part = sample(*(value[5:8] for value in values.values()))
     assert_bitwise_equal(part, type(out)(**{name: getattr(out, name)[5:8] for name in expected}))
-    monkeypatch.setattr(draft_sampling, "INTERPRETER_ELEMENTS", 1)  # one request per program
+    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program
     assert_bitwise_equal(sample(*values.values()), out)
 
 
@@ -303,6 +303,35 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
 
 
 @runs_kernels
+def test_sample_past_the_cache_is_greedy() -> None:
+    """Slots without a row in the caches; the same from the fallback."""
+    from vllm_bebop.kernels import fallback
+
+    values = arguments(8, 700)
+    values["temperature"] = torch.full((8,), 1.3, device=DEVICE)
+    slots = torch.tensor([3, 7, 0, 5, -1, 4, 6, 1], device=DEVICE)
+    step = torch.tensor(1, device=DEVICE)
+    outputs = []
+    for run in (sample, fallback.sample):
+        cache = torch.full((4, 2, 700), NAN, device=DEVICE)
+        kept = {"cache_logsumexp": torch.full((4, 2), NAN, device=DEVICE)}
+        out = run(*values.values(), slots=slots, cache=cache, step=step, **kept)
+        real, cached = slots >= 0, (slots >= 0) & (slots < 4)
+        direct = sample_reference(
+            values["logits"], values["temperature"][slots].where(cached, 0.0), values["seeds"][slots],
+            values["positions"],
+        )  # fmt: skip
+        assert torch.equal(out.token_ids[real], direct.token_ids[real]) and out.token_ids[~real].tolist() == [0]
+        assert torch.equal(out.token_ids[real & ~cached], values["logits"].argmax(1)[real & ~cached])
+        assert torch.equal(cache[slots[cached], 1], values["logits"][cached])
+        assert cache[:, 0].isnan().all() and cache[2].isnan().all()
+        outputs.append(cache.nan_to_num())
+        if run is sample:
+            assert kept["cache_logsumexp"].isnan().tolist() == [[True, False]] * 2 + [[True, True], [True, False]]
+    assert torch.equal(*outputs)
+
+
+@runs_kernels
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -354,13 +383,13 @@ def test_planted_fault_is_caught(monkeypatch) -> None:
     """Sub-blocks are picked with equal probability."""
     import triton.language as tl
 
-    from vllm_bebop.kernels import draft_sampling
+    from vllm_bebop.kernels import draft_kernel
 
-    add_gumbel = draft_sampling.add_gumbel
+    add_gumbel = draft_kernel.add_gumbel
 
     def planted(scores, seed, position, stream, *others):
         is_block = int(stream) == Stream.DRAFT_BLOCK
         return add_gumbel(tl.minimum(scores, 0.0) if is_block else scores, seed, position, stream, *others)
 
-    monkeypatch.setattr(draft_sampling, "add_gumbel", planted)
+    monkeypatch.setattr(draft_kernel, "add_gumbel", planted)
     assert_fault_is_caught(lambda n, first: {"law": g_test(counts(n, first), LAW)}, 3_000)

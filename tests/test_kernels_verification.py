@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support.statistics import assert_fault_is_caught, assert_laws, g_test, independence_test
+from tests.support.statistics import assert_fault_is_caught, assert_law, assert_laws
 from tests.test_kernels_sampling import (
     DEVICE,
     INF,
@@ -29,6 +29,7 @@ from tests.test_kernels_sampling import (
 )
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.reference import Verification, sample_reference, verify_reference
+from vllm_bebop.selftest import NUM_SAMPLES
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
@@ -91,11 +92,11 @@ def with_draft_statistics(values: dict) -> dict:
 def select(values: dict, order: list[int]) -> dict:
     """The same requests in another order, or a part of them."""
     rows = values["target_logits"].split((values["num_draft_tokens"] + 1).tolist())
-    chosen = {
-        name: value[order] if isinstance(value, Tensor) and name != "target_logits" else value
-        for name, value in values.items()
-    }
-    return chosen | {"target_logits": torch.cat([rows[r] for r in order])}
+    by_row = {"target_logits": torch.cat([rows[r] for r in order])}
+    if "bitmask" in values:
+        masks = values["bitmask"].split((values["num_draft_tokens"] + 1).tolist())
+        by_row["bitmask"] = torch.cat([masks[r] for r in order])
+    return {name: value[order] if isinstance(value, Tensor) else value for name, value in values.items()} | by_row
 
 
 def select_output(out: Verification, order: list[int]) -> Verification:
@@ -205,6 +206,61 @@ def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: b
     assert_equals_reference(values, target_is_processed=True)
 
 
+def with_filters(values: dict, seed: int = 0) -> dict:
+    """The same case with a grammar that allows each third token or so and min-p; some requests have neither."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, vocab_size = values["target_logits"].shape
+    allowed = torch.rand(num_rows, vocab_size, generator=generator) < 0.3
+    allowed[::5] = True
+    allowed[7] = False  # nothing is allowed: token 0
+    bits = F.pad(allowed, (0, -vocab_size % 32)).unflatten(1, (-1, 32)).long() << torch.arange(32)
+    min_p = torch.tensor([0.0, 0.05, 0.3, 1.0]).repeat(len(values["seeds"]))[: len(values["seeds"])]
+    return values | {"bitmask": bits.sum(2).to(torch.int32).to(DEVICE), "min_p": min_p.to(DEVICE)}
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("batch", "vocab_size", "dtype", "filters", "thinning_rounds"),
+    [
+        (64, 63, torch.float32, ["bitmask", "min_p"], 8),
+        (64, 1100, torch.float16, ["bitmask"], 8),
+        (64, 1100, torch.bfloat16, ["min_p"], 8),
+        (64, 1100, torch.float32, ["bitmask", "min_p"], 0),
+        (16, 9000, torch.bfloat16, ["bitmask", "min_p"], 8),
+    ],
+)
+def test_verify_equals_reference_with_filters(
+    monkeypatch, batch: int, vocab_size: int, dtype: torch.dtype, filters: list[str], thinning_rounds: int
+) -> None:
+    monkeypatch.setattr(reference, "NUM_THINNING_ROUNDS", thinning_rounds)
+    values = with_draft_statistics(case(batch, 3, vocab_size, dtype))
+    filtered = with_filters(values)
+    chosen = values | {name: filtered[name] for name in filters}
+    out = assert_equals_reference(chosen)
+    assert not torch.equal(out.token_ids, verify(**values).token_ids)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(1)).tolist()
+    assert_bitwise_equal(verify(**select(chosen, order)), select_output(out, order))
+
+
+@runs_kernels
+def test_verify_draws_only_kept_tokens() -> None:
+    """An independent check of the filters' meaning, on the tokens that came from p or from the residual."""
+    values = with_filters(case(64, 3, 600))
+    out = verify(**values)
+    counts = values["num_draft_tokens"] + 1
+    first_rows = counts.cumsum(0) - counts
+    for request in range(64):
+        row = int(first_rows[request] + out.num_accepted[request])
+        token = int(out.token_ids[request, out.num_accepted[request]])
+        allowed = (values["bitmask"][row].cpu().repeat_interleave(32) >> torch.arange(32).repeat(19)) & 1 == 1
+        logits = values["target_logits"][row].cpu().masked_fill(~allowed[:600], -INF)
+        if logits.max() == -INF:
+            assert token == 0
+            continue
+        probs = (logits.double() / max(float(values["temperature"][request]), 1e-3)).softmax(0)
+        assert probs[token] > 0 and probs[token] >= (1 - 1e-4) * float(values["min_p"][request]) * probs.max()
+
+
 @runs_kernels
 def test_verify_reads_rows_at_any_stride() -> None:
     values = case(32, 3, 700)
@@ -257,7 +313,7 @@ def test_verify_of_nothing() -> None:
 @runs_kernels
 @pytest.mark.parametrize("single_launch", [False, True])
 def test_verify_does_not_depend_on_the_batch(monkeypatch, single_launch: bool) -> None:
-    from vllm_bebop.kernels import draft_sampling
+    from vllm_bebop.kernels import launch
 
     values = with_draft_statistics(case(8, 2, 700, torch.bfloat16))
     out = verify(**values, single_launch=single_launch)
@@ -265,7 +321,7 @@ def test_verify_does_not_depend_on_the_batch(monkeypatch, single_launch: bool) -
     assert_bitwise_equal(verify(**select(values, order), single_launch=single_launch), select_output(out, order))
     part = list(range(3, 6))
     assert_bitwise_equal(verify(**select(values, part), single_launch=single_launch), select_output(out, part))
-    monkeypatch.setattr(draft_sampling, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
+    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
     assert_bitwise_equal(verify(**values, single_launch=single_launch), out)
 
 
@@ -333,6 +389,23 @@ def test_verify_by_slot(integers: torch.dtype, single_launch: bool) -> None:
 
 
 @runs_kernels
+def test_verify_past_the_cache_is_one_hot() -> None:
+    """Slots without a row in the draft tensors; the same from the fallback."""
+    from vllm_bebop.kernels import fallback
+
+    values = with_draft_statistics(case(32, 3, 100))
+    out = verify(**values | {"one_hot": torch.arange(32, device=DEVICE) >= 12})
+    del values["one_hot"]
+    for name in ("draft_logits", "draft_logsumexp", "draft_argmax"):
+        values[name] = values[name][:12]
+    slots = torch.arange(32, device=DEVICE)
+    assert_bitwise_equal(verify(**values, slots=slots), out)
+    eager = fallback.verify(**values, slots=slots)
+    assert torch.equal(eager.token_ids, out.token_ids) and torch.equal(eager.num_accepted, out.num_accepted)
+    assert (out.num_accepted[12:] > 0).any() and (out.num_accepted[:12] > 0).any()
+
+
+@runs_kernels
 def test_verify_stays_inside_its_tensors_on_wrong_counts() -> None:
     """Counts are not checked on the device, so they are clamped: more rows than there are read as empty."""
     values = case(4, 2, 100)
@@ -357,6 +430,9 @@ def test_verify_stays_inside_its_tensors_on_wrong_counts() -> None:
         ("seeds", torch.zeros(4, dtype=torch.int32)),
         ("positions", torch.zeros(4)),
         ("one_hot", torch.zeros(4, dtype=torch.int64)),
+        ("bitmask", torch.zeros(4, 4, dtype=torch.int32)),
+        ("bitmask", torch.zeros(8, 3, dtype=torch.int32)),
+        ("min_p", torch.zeros(5)),
         ("slots", torch.zeros(3, dtype=torch.int64)),
         ("first_rows", torch.zeros(4)),
         ("draft_logsumexp", torch.zeros(4, 3)),
@@ -376,64 +452,26 @@ def test_verify_names_the_wrong_argument(name: str, wrong) -> None:
 
 # --- Laws -----------------------------------------------------------------------------------------------------------
 
-P = torch.tensor(
-    [[0.25, 0.14, 0.18, 0.13, 0.00, 0.30], [0.10, 0.25, 0.15, 0.25, 0.15, 0.10], [0.25, 0.15, 0.20, 0.05, 0.30, 0.05]]
-)
-Q = torch.tensor([[0.10, 0.20, 0.25, 0.20, 0.10, 0.15], [0.15, 0.10, 0.25, 0.10, 0.25, 0.15]])
-NUM_SAMPLES = 40_000
+
+def laws(num_samples: int, first_seed: int, **options: bool) -> dict[str, float]:
+    from vllm_bebop import selftest
+    from vllm_bebop.kernels.backend import fused
+
+    return selftest.laws(fused(), num_samples, first_seed, DEVICE, **options)
 
 
-def laws(num_samples: int, first_seed: int, *, one_hot: bool = False, single_launch: bool = False) -> dict[str, float]:
-    """P-values of low-dimensional laws of two drafts, drawn by the fused sampler, and a bonus."""
-    from vllm_bebop.kernels.draft_sampling import sample
+@runs_kernels
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_verify_estimates_the_overlap(one_hot: bool) -> None:
+    """The mean of min(1, p(y) / q(y)) is the chance of acceptance: exact if one-hot, else within 5 standard errors."""
+    from vllm_bebop.kernels.backend import fused
+    from vllm_bebop.selftest import P, Step
 
-    vocab_size = P.shape[1]
-    seeds = torch.arange(first_seed, first_seed + num_samples, device=DEVICE)
-    positions, temperature = torch.full_like(seeds, 100), torch.ones(num_samples, device=DEVICE)
-    q = torch.eye(vocab_size)[Q.argmax(1)] if one_hot else Q
-    draft_logits = q.log().to(DEVICE).expand(num_samples, 2, vocab_size)
-    draws = [sample(draft_logits[:, i], temperature, seeds, positions + i) for i in range(2)]
-    token_ids = torch.stack([draw.token_ids for draw in draws], dim=1)
-    out = verify(
-        P.log().repeat(num_samples, 1).to(DEVICE),
-        token_ids,
-        None if one_hot else draft_logits,
-        torch.full_like(seeds, 2),
-        temperature,
-        seeds,
-        positions,
-        draft_logsumexp=None if one_hot else torch.stack([draw.logsumexp for draw in draws], dim=1),
-        single_launch=single_launch,
-    )
-    first, second, third = out.token_ids.cpu().unbind(1)
-    token_ids, num_accepted = token_ids.cpu(), out.num_accepted.cpu()
-    rejected, one, two = (num_accepted == k for k in range(3))
-    overlap = torch.minimum(P[:2], q).sum(1)
-    residual = (P[:2] - q).clamp(min=0)
-
-    def count(tokens: Tensor) -> np.ndarray:
-        return tokens.bincount(minlength=vocab_size).numpy()
-
-    def table(rows: Tensor, columns: Tensor) -> np.ndarray:
-        return (rows * vocab_size + columns).bincount(minlength=vocab_size**2).view(vocab_size, vocab_size).numpy()
-
-    # The estimate of the overlap: mean of min(1, p(y) / q(y)), within five standard errors.
+    step = Step(fused(), NUM_SAMPLES, 0, torch.device(DEVICE), one_hot)
+    _, out = step.run()
     estimate = out.overlap[:, 0].cpu().double()
-    error = (estimate.mean() - overlap[0]).abs().item()
-    assert error <= 5 * estimate.std().item() / num_samples**0.5 + 1e-6
-    return {
-        "accepted count": g_test(
-            num_accepted.bincount(minlength=3).numpy(), [1 - overlap[0], overlap[0] * (1 - overlap[1]), overlap.prod()]
-        ),
-        "token 1": g_test(count(first), P[0].numpy()),
-        "token 2 given one accepted": g_test(count(second[~rejected]), P[1].numpy()),
-        "bonus": g_test(count(third[two]), P[2].numpy()),
-        "residual 1": g_test(count(first[rejected]), residual[0].numpy()),
-        "residual 2": g_test(count(second[one]), residual[1].numpy()),
-        "rejected x recovered": independence_test(table(token_ids[rejected, 0], first[rejected])),
-        "token 1 x token 2": independence_test(table(first[~rejected], second[~rejected])),
-        "token 2 x bonus": independence_test(table(second[two], third[two])),
-    }
+    error = (estimate.mean() - torch.minimum(P[0], step.q[0]).sum()).abs().item()
+    assert error <= 5 * estimate.std().item() / NUM_SAMPLES**0.5 + 1e-6
 
 
 @runs_kernels
@@ -445,6 +483,28 @@ def test_verify_laws(single_launch: bool) -> None:
 @runs_kernels
 def test_verify_laws_one_hot() -> None:
     assert_laws(lambda n, first: laws(n, first, one_hot=True), NUM_SAMPLES)
+
+
+@runs_kernels
+def test_verify_law_with_filters() -> None:
+    """Of p = 0.25, 0.14, 0.18, 0.13, 0, 0.3 a grammar forbids the last, and min-p 0.6 then keeps 0.25 and 0.18."""
+    from vllm_bebop.kernels.backend import fused
+    from vllm_bebop.selftest import P, Q
+
+    def counts(num_samples: int, first_seed: int) -> np.ndarray:
+        seeds = torch.arange(first_seed, first_seed + num_samples, device=DEVICE)
+        slots, positions = torch.arange(num_samples, device=DEVICE), torch.full_like(seeds, 5)
+        temperature, draft_logits = torch.ones(num_samples, device=DEVICE), Q[0].log().to(DEVICE).expand(num_samples, 6)
+        drafts = fused().sample(draft_logits, temperature, seeds, positions, slots=slots).token_ids
+        out = verify(
+            P[0].log().to(DEVICE).expand(2 * num_samples, 6), drafts[:, None], draft_logits[:, None],
+            torch.ones_like(seeds), temperature, seeds, positions,
+            bitmask=torch.full((2 * num_samples, 1), 0b011111, dtype=torch.int32, device=DEVICE),
+            min_p=torch.full((num_samples,), 0.6, device=DEVICE),
+        )  # fmt: skip
+        return out.token_ids[:, 0].bincount(minlength=6).cpu().numpy()
+
+    assert_law(counts, [0.25, 0, 0.18, 0, 0, 0], 20_000)
 
 
 @runs_kernels
@@ -476,7 +536,8 @@ def plant_biased_uniform(uniform):
 @plants_faults
 @pytest.mark.parametrize("plant", [plant_residual_from_p, plant_shared_accept_noise, plant_biased_uniform])
 def test_planted_faults_are_caught(monkeypatch, plant) -> None:
-    from vllm_bebop.kernels import verification
+    from vllm_bebop.kernels import device, resampling, verification_kernel
 
-    monkeypatch.setattr(verification, "uniform", plant(verification.uniform))
+    for module in (resampling, verification_kernel):
+        monkeypatch.setattr(module, "uniform", plant(device.uniform))
     assert_fault_is_caught(laws, 2 * NUM_SAMPLES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +33,17 @@ def doctor(
     rows = checks.check_environment()
     if model is not None:
         rows += checks.check_draft(model, draft) if draft is not None else checks.check_model_head(model)
-    for name, passed, detail in rows:
-        typer.echo(f"{'ok  ' if passed else 'FAIL'}  {name}: {detail}")
-    if not all(passed for _, passed, _ in rows):
-        raise typer.Exit(code=1)
+    _report(rows)
+
+
+@app.command()
+def selftest(
+    device: Annotated[str | None, typer.Option(help='"cuda" or "cpu"; default: the GPU if there is one.')] = None,
+) -> None:
+    """Test the sampler on this device against the exact laws that it must follow. Exit code 1 if anything is amiss."""
+    from vllm_bebop import selftest as checks
+
+    _report(checks.run(device))
 
 
 @app.command()
@@ -244,6 +251,14 @@ def merge(
         typer.echo(f"warning: {warning}", err=True)
     replaced = f", in place of {merged.num_replaced} of the target's own" if merged.num_replaced else ""
     typer.echo(f"{out} written: the target and {merged.num_head_tensors} tensors of the head{replaced}, all verified")
+
+
+def _report(rows: Sequence[tuple[str, bool, str]]) -> None:
+    """Print (name, passed, detail) of each check; exit code 1 if any failed."""
+    for name, passed, detail in rows:
+        typer.echo(f"{'ok  ' if passed else 'FAIL'}  {name}: {detail}")
+    if not all(passed for _, passed, _ in rows):
+        raise typer.Exit(code=1)
 
 
 @contextmanager

@@ -25,10 +25,12 @@ _ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU", "VLLM_BEBOP_CANDIDATE")
 # Our keys, and the variables that stand in for them.
 _ENV_OPTIONS = {
     "VLLM_BEBOP_ACCEPTANCE": "acceptance",
+    "VLLM_BEBOP_DRAFT_CACHE_GIB": "draft_cache_gib",
     "VLLM_BEBOP_MODEL": "model",
     "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "num_speculative_tokens",
 }
-_OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptance")
+_NUMERIC_OPTIONS = {"num_speculative_tokens": (int, "a whole number"), "draft_cache_gib": (float, "a number")}
+_OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptance", "draft_cache_gib")
 # vLLM's own speculative keys that keep their meaning under bebop and are handed on untouched.
 _PASSED_ON_KEYS = (
     "attention_backend",
@@ -54,9 +56,12 @@ class BebopConfig:
 
     acceptance: "rejection" samples drafts from q and accepts with min(1, p/q) (arXiv:2606.12370, Eq. 2);
         "target_only" drafts argmax q and accepts with p(draft) (Eq. 1).
+    draft_cache_gib: most memory for the draft's logits under model runner V2, in GiB; None: enough for every request.
+        Requests past it draft and accept as under "target_only".
     """
 
     acceptance: str = "rejection"
+    draft_cache_gib: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable: it enters vLLM's compile-cache hash and reaches every worker."""
@@ -100,7 +105,7 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
 
     _refuse_lossy(options)
     _refuse_unknown(options)
-    config = BebopConfig(acceptance=_acceptance(options))
+    config = BebopConfig(acceptance=_acceptance(options), draft_cache_gib=_draft_cache_gib(options))
     num_speculative_tokens = _num_speculative_tokens(options)
     draft = _text(options, "model")
     translated = {key: options[key] for key in _PASSED_ON_KEYS if key in options}
@@ -132,11 +137,12 @@ def _options_from_env(environ: Mapping[str, str], options: Mapping[str, Any]) ->
             raise BebopConfigError(f"unknown variable {name}; accepted: {', '.join(sorted(_ENV_OPTIONS))}")
         key = _ENV_OPTIONS[name]
         parsed: Any = value
-        if key == "num_speculative_tokens":
+        if key in _NUMERIC_OPTIONS:
+            number, description = _NUMERIC_OPTIONS[key]
             try:
-                parsed = int(value)
+                parsed = number(value)
             except ValueError:
-                raise BebopConfigError(f"{name}={value!r} must be a whole number") from None
+                raise BebopConfigError(f"{name}={value!r} must be {description}") from None
         if key in options and options[key] != parsed:
             raise BebopConfigError(
                 f"{name}={value!r} contradicts {key!r}: {options[key]!r} in the speculative config; give only one"
@@ -183,6 +189,19 @@ def _acceptance(options: Mapping[str, Any]) -> str:
     if value not in ACCEPTANCE_RULES:
         raise BebopConfigError(f"'acceptance': {value!r} is unknown; accepted: {', '.join(ACCEPTANCE_RULES)}")
     return value
+
+
+def _draft_cache_gib(options: Mapping[str, Any]) -> float | None:
+    value = options.get("draft_cache_gib")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise BebopConfigError(f"'draft_cache_gib': {value!r} must be a number above 0")
+    if options.get("acceptance") == "target_only":
+        raise BebopConfigError(
+            "'draft_cache_gib' has no meaning with 'acceptance': 'target_only', which keeps no cache"
+        )
+    return float(value)
 
 
 def _num_speculative_tokens(options: Mapping[str, Any]) -> int:

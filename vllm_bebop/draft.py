@@ -241,8 +241,8 @@ def write_draft(
             _write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
         _write_json(temporary / CONFIG_FILE, config)
         _write_json(temporary / METADATA_FILE, {"format_version": FORMAT_VERSION, **(metadata or {})})
-        for file in temporary.glob("*.safetensors"):
-            shutil.copymode(temporary / CONFIG_FILE, file)  # safetensors lets nobody but the owner read them
+        for weights in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / CONFIG_FILE, weights)  # safetensors lets nobody but the owner read them
         try:
             written = read_draft(temporary, config)
         except DraftError as error:

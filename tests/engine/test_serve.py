@@ -15,7 +15,7 @@ from tests.support.engines import BEBOP, TINY_MODEL
 from tests.support.statistics import HONEST_P_VALUE, g_test
 from vllm_bebop.bench.server import Server, wait_until_ready
 
-PROMPT = "If only on"
+PROMPT = "   +-----------+"
 ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "128", "--logprobs-mode", "processed_logprobs")
 
 

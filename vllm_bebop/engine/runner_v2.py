@@ -2,32 +2,56 @@
 
 V2 keeps everything by request slot: seeds, temperatures, the cached draft logits. Three methods are replaced, in
 subclasses made of whichever speculator and samplers vLLM built: drawing a draft token, verifying, and sampling without
-drafts. `sample_draft` runs inside CUDA graphs: no host synchronisation, no branch on data, no lasting allocation.
+drafts. All three run the fused kernels (`kernels.backend`). `sample_draft` runs inside CUDA graphs: no host
+synchronisation, no branch on data, no lasting allocation. Its kernel stores the logits in the cache as it reads them:
+vLLM's lm_head cannot write them there, having no `out=`, a padded vocabulary, and rows in batch order.
+
+Verification reads the target's logits as they are wherever the requests of a batch ask for nothing but a temperature
+(a grammar's mask is already in them). Penalties, top-k, top-p and all else are vLLM's own to apply: then the whole
+batch is verified on its processed logits. vLLM decides which it is on the host, by a flag per slot; `_add_request`
+below makes that flag ignore the temperature.
 
 The argument lists of these methods differ between versions of vLLM, so each replacement takes them by name, in a dict;
 engine/versions.py says which names it needs.
 
 Upstream symbols: `DraftModelSpeculator.{sample_draft, draft_logits}`, `Sampler.{sample, apply_sampling_params,
-sampling_states}`, `RejectionSampler._verify`.
+sampling_states, logprobs_mode}`, `SamplingStates.{add_request, apply_temperature, max_num_logprobs, temperature, seeds,
+top_k, top_p, min_p}`, `RejectionSampler._verify`, `RequestState.free_indices`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from vllm_bebop.config import BebopConfig
+from vllm_bebop.config import BebopConfig, BebopConfigError
+from vllm_bebop.engine import draft_cache
+from vllm_bebop.engine.draft_cache import DraftCache
 from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS
+from vllm_bebop.kernels import backend
+from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE, sample_reference, verify_reference
+from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE
 
 # A token drawn straight from the target uses the noise of a bonus token: see runner_v1.
 _TARGET_STREAMS = (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)
+_PROCESSED_MODES = ("processed_logprobs", "processed_logits")
 
 Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a replaced method needs of ours; the attribute `bebop` of the object it belongs to."""
+
+    backend: Backend
+    workspace: Any
+    cache: DraftCache | None = None  # None for one-hot drafts
 
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
@@ -36,17 +60,58 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     if speculator is None or config.acceptance == "target_only":  # argmax drafts without a cache are upstream's own
         return
     _subclass(speculator, sample_draft=_sample_draft)
-    # One spare row for the padding of captured batches, whose slot index is -1.
-    cache = speculator.draft_logits
-    speculator.draft_logits = cache.new_zeros(cache.shape[0] + 1, *cache.shape[1:])
+    (num_requests, num_steps, vocab_size), dtype = speculator.draft_logits.shape, speculator.draft_logits.dtype
+    device = speculator.draft_logits.device
+    speculator.draft_logits = None  # upstream's own goes before ours comes
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or a smaller one would keep all its memory reserved
+    cache = draft_cache.allocate(num_requests, num_steps, vocab_size, dtype, device, config.draft_cache_gib)
+    if cache.logits.shape[0] < num_requests:
+        runner.req_states.free_indices = draft_cache.LowestFirst(runner.req_states.free_indices)
+    speculator.draft_logits = cache.logits
+    chosen = backend.pick(device)
+    speculator.bebop = Tools(chosen, chosen.sampling_workspace(num_requests, vocab_size, device), cache)
 
 
 def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     """Exchange both samplers; called after weights are loaded, when V2 has built them."""
-    if runner.rejection_sampler is None:  # not the last pipeline rank
+    sampler, rejection_sampler = runner.sampler, runner.rejection_sampler
+    if rejection_sampler is None:  # not the last pipeline rank
         return
-    _subclass(runner.sampler, sample=_sample)
-    _subclass(runner.rejection_sampler, _verify=_verify)
+    if getattr(rejection_sampler, "watermark_key", None) is not None:
+        raise BebopConfigError("bebop's sampler puts no watermark into the text: serve without 'watermark_config'")
+    states, device = sampler.sampling_states, runner.device
+    _subclass(sampler, sample=_sample)
+    _subclass(states, add_request=_add_request)
+    _subclass(rejection_sampler, _verify=_verify)
+    size = states.max_num_reqs, states.vocab_size
+    cache = runner.speculator.bebop.cache if config.acceptance == "rejection" else None
+    chosen = backend.pick(device)
+    sampler.bebop = Tools(chosen, chosen.sampling_workspace(*size, device))
+    num_steps = rejection_sampler.num_speculative_steps
+    workspace = chosen.verification_workspace(size[0], num_steps, size[1], device, with_draft_statistics=False)
+    rejection_sampler.bebop = Tools(chosen, workspace, cache)
+    _compile_ahead(runner)
+
+
+def _compile_ahead(runner: Any) -> None:
+    """Have Triton compile for raw logits: vLLM's warm-up requests ask for everything, hence for processed ones only."""
+    sampler, device = runner.sampler, runner.device
+    num_rows = runner.rejection_sampler.num_speculative_steps + 1
+    rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    given: Arguments = {
+        "logits": torch.zeros(num_rows, runner.vocab_size, dtype=runner.model_config.head_dtype, device=device),
+        "idx_mapping": rows[:1],
+        "idx_mapping_np": np.zeros(1, dtype=np.int64),
+        "expanded_idx_mapping": rows,
+        "expanded_local_pos": rows,
+        "pos": rows,
+        "input_ids": rows,
+        "seq_lens_upper_bound_np": np.zeros(1, dtype=np.int64),
+    }
+    _sample(sampler, {name: value[:1] for name, value in given.items()})
+    cu_num_logits = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    _verify(runner.rejection_sampler, given | {"draft_sampled": rows.int(), "cu_num_logits": cu_num_logits})
 
 
 def _subclass(instance: Any, **replacements: Callable[[Any, Arguments], Any]) -> None:
@@ -66,62 +131,112 @@ def _by_name(upstream: Callable[..., Any], function: Callable[[Any, Arguments], 
 
 
 def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
-    """Draw one draft token per request and cache its logits: [num_reqs] int64."""
-    hidden_states, cache = given["hidden_states"], given["draft_logits"]
-    slots = given["idx_mapping"].long()
+    """Draw one draft token per request and cache its logits: [num_reqs] int64, valid until the next call."""
+    ours: Tools = speculator.bebop
+    assert ours.cache is not None
+    hidden_states = given["hidden_states"]
     if hasattr(speculator, "compute_draft_logits"):
         logits = speculator.compute_draft_logits(hidden_states, given.get("spec_step_idx", 0))
     else:
         logits = speculator.model.compute_logits(hidden_states)
-    logits = logits.to(cache.dtype)  # q is what verification reads back: the logits as they were stored
-    cache[slots, given["draft_step"].long()] = logits
     ((name, offset),) = ((name, offset) for name, offset in DRAFT_POSITION_ARGUMENTS.items() if name in given)
-    return sample_reference(
-        logits, given["temperature"][slots], given["seeds"][slots], given[name].long() + offset
+    return ours.backend.sample(
+        logits.to(ours.cache.logits.dtype),  # q is what verification reads back: the logits as they are stored
+        given["temperature"],
+        given["seeds"],
+        given[name] + offset,
+        slots=given["idx_mapping"],
+        cache=ours.cache.logits,
+        cache_logsumexp=ours.cache.logsumexp,
+        cache_argmax=ours.cache.argmax,
+        step=given["draft_step"],
+        workspace=ours.workspace,
     ).token_ids
 
 
 def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Processed logits, output tokens [num_reqs, num_speculative_steps + 1] and their number [num_reqs]."""
+    ours: Tools = rejection_sampler.bebop
     sampler = rejection_sampler.sampler
-    processed = _processed_logits(sampler, given | {"input_ids": given["draft_sampled"]})
+    states = sampler.sampling_states
+    logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
     # A grammar may have ruled out drafts that only verification must not see (newer versions).
     drafted: torch.Tensor = given["verify_draft_sampled" if "verify_draft_sampled" in given else "draft_sampled"]
-    slots, cu_num_logits, draft_logits = given["idx_mapping"].long(), given["cu_num_logits"], given["draft_logits"]
-    first_rows = cu_num_logits[:-1].long()
-    num_draft_tokens = torch.diff(cu_num_logits).long() - 1
+    first_rows = given["cu_num_logits"][:-1]
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1.
-    steps = torch.arange(rejection_sampler.num_speculative_steps, device=processed.device)
-    rows = (first_rows[:, None] + 1 + steps).clamp_(max=drafted.shape[0] - 1)
-    verification = verify_reference(
-        processed,
-        drafted[rows].long().masked_fill(steps >= num_draft_tokens[:, None], -1),
-        None if draft_logits is None else draft_logits[slots],
-        num_draft_tokens,
-        sampler.sampling_states.temperature.gpu[slots],
-        sampler.sampling_states.seeds.gpu[slots],
-        given["pos"][first_rows].long() + 1,
-        target_is_processed=True,
+    steps = torch.arange(1, rejection_sampler.num_speculative_steps + 1, device=drafted.device)
+    draft_rows = (first_rows[:, None] + steps).clamp_(max=drafted.shape[0] - 1)
+    kept = {}
+    if ours.cache is not None:
+        kept = {"draft_logsumexp": ours.cache.logsumexp, "draft_argmax": ours.cache.argmax}
+    verification = ours.backend.verify(
+        logits,
+        drafted[draft_rows],
+        None if ours.cache is None else ours.cache.logits,
+        torch.diff(given["cu_num_logits"]) - 1,
+        states.temperature.gpu,
+        states.seeds.gpu,
+        given["pos"][first_rows] + 1,
+        slots=given["idx_mapping"],
+        first_rows=first_rows,
+        target_is_processed=logits is not given["logits"],
+        workspace=ours.workspace,
+        **kept,
     )
+    wants_logprobs = states.max_num_logprobs(given["idx_mapping_np"]) >= 0
+    processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
     return processed, verification.token_ids, verification.num_accepted.to(torch.int32) + 1
 
 
 def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row of logits, [num_rows] int64, and the processed logits."""
-    processed = _processed_logits(sampler, given)
-    slots = given["expanded_idx_mapping"].long()
-    temperature = sampler.sampling_states.temperature.gpu[slots]
-    sample = sample_reference(
-        processed,
-        torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # the processed logits carry it already
-        sampler.sampling_states.seeds.gpu[slots],
-        given["pos"].long() + 1,
+    ours: Tools = sampler.bebop
+    states = sampler.sampling_states
+    logits = _logits_to_sample(sampler, given)
+    temperature = states.temperature.gpu
+    if logits is not given["logits"]:  # then they carry it already
+        temperature = torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0)
+    sample = ours.backend.sample(
+        logits,
+        temperature,
+        states.seeds.gpu,
+        given["pos"] + 1,
+        slots=given["expanded_idx_mapping"],
         streams=_TARGET_STREAMS,
+        workspace=ours.workspace,
     )
-    return sample.token_ids, processed
+    processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
+    return sample.token_ids.clone(), processed  # vLLM copies it to the host while the next step may be running
 
 
-def _processed_logits(sampler: Any, given: Arguments) -> torch.Tensor:
-    """Logits with processors, temperature, top-k and top-p applied by upstream: what a token is drawn from."""
+def _add_request(states: Any, given: Arguments) -> bool:
+    """Whether the request's logits need vLLM's own processing: for all that upstream checks but the temperature."""
+    upstream: Any = type(states).__mro__[1]
+    upstream.add_request(states, **given)
+    slot = given["req_idx"]
+    return bool(
+        states.temperature.np[slot] != 0.0
+        and (
+            states.top_k.np[slot] != states.vocab_size
+            or states.top_p.np[slot] != 1.0
+            or states.min_p.np[slot] != 0.0
+        )
+    )  # fmt: skip
+
+
+def _logits_to_sample(sampler: Any, given: Arguments) -> torch.Tensor:
+    """The given logits themselves where nothing but a temperature applies, else upstream's processed logits in fp32."""
     wanted = inspect.signature(sampler.apply_sampling_params).parameters
     return sampler.apply_sampling_params(**{name: given[name] for name in wanted if name in given})
+
+
+def _processed_logits(sampler: Any, given: Arguments, logits: torch.Tensor) -> torch.Tensor:
+    """What upstream computes log-probabilities from: `logits` with the temperature applied, if it still has to be."""
+    states = sampler.sampling_states
+    temperature = states.temperature.np[given["idx_mapping_np"]]
+    is_applied = logits is not given["logits"] or not np.any((temperature != 0.0) & (temperature != 1.0))
+    if is_applied or sampler.logprobs_mode not in _PROCESSED_MODES:
+        return logits
+    processed = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
+    states.apply_temperature(processed, given["expanded_idx_mapping"], given["idx_mapping_np"])
+    return processed

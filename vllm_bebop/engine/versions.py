@@ -87,13 +87,12 @@ _RUNNER_V1 = (
 _RUNNER_V2 = (
     Seam(
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft",
-        ("hidden_states", "positions|sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step")
-        + ("draft_logits",),
+        ("hidden_states", "positions|sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step"),
         "engine/runner_v2.py",
     ),
     Seam(
         "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify",
-        ("logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping"),
+        ("logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np", "expanded_idx_mapping"),
         "engine/runner_v2.py",
     ),
     Seam(
@@ -103,7 +102,22 @@ _RUNNER_V2 = (
     ),
     Seam(
         "vllm.v1.worker.gpu.sample.sampler:Sampler.sample",
-        ("logits", "expanded_idx_mapping", "pos"),
+        ("logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "return_logprobs"),
+        "engine/runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.states:SamplingStates.add_request",
+        ("req_idx", "sampling_params"),
+        "engine/runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.states:SamplingStates.apply_temperature",
+        ("logits", "expanded_idx_mapping", "idx_mapping_np"),
+        "engine/runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.states:SamplingStates.max_num_logprobs",
+        ("idx_mapping_np",),
         "engine/runner_v2.py",
     ),
 )

@@ -1,0 +1,57 @@
+"""Which sampler runs on a device: the fused kernels wherever Triton does, the reference elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_bebop.kernels.reference import DraftSample, Verification
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`sample` and `verify` with the signatures of `draft_sampling` and `verification`.
+
+    The workspaces are made by `sampling_workspace(max_batch, vocab_size, device)` and
+    `verification_workspace(max_batch, max_drafts, vocab_size, device)`; None where the backend needs none.
+    """
+
+    name: str
+    sample: Callable[..., DraftSample]
+    verify: Callable[..., Verification]
+    sampling_workspace: Callable[..., Any]
+    verification_workspace: Callable[..., Any]
+
+
+def pick(device: torch.device) -> Backend:
+    """The fused kernels on CUDA, on ROCm and in Triton's interpreter; the reference on any other device."""
+    return fused() if _runs_triton(device) else plain()
+
+
+def fused() -> Backend:
+    from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
+    from vllm_bebop.kernels.launch import is_interpreted
+    from vllm_bebop.kernels.verification import VerificationWorkspace, verify
+
+    name = "Triton kernels, interpreted" if is_interpreted() else "Triton kernels"
+    return Backend(name, sample, verify, SamplingWorkspace, VerificationWorkspace)
+
+
+def plain() -> Backend:
+    from vllm_bebop.kernels.fallback import sample, verify
+
+    def none(*_: object, **__: object) -> None:
+        return None
+
+    return Backend("reference in plain torch", sample, verify, none, none)
+
+
+def _runs_triton(device: torch.device) -> bool:
+    if device.type == "cuda":  # ROCm calls itself that too
+        return True
+    try:
+        from vllm_bebop.kernels.launch import is_interpreted
+    except ImportError:  # no Triton here
+        return False
+    return is_interpreted()

@@ -1,0 +1,30 @@
+"""How a row of logits is cut into sub-blocks, tiles and programs: by fixed numbers, so that results ignore the batch.
+
+Several requests may share a program: one on a GPU, thousands in Triton's interpreter, whose cost is per operation and
+not per element.
+"""
+
+import triton
+
+from vllm_bebop.kernels import device, reference
+
+TILE = 16  # sub-blocks that one program reads
+INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in Python (TRITON_INTERPRET=1 when Triton was imported)."""
+    return not isinstance(device.to_scores, triton.JITFunction)
+
+
+def partition(vocab_size: int) -> tuple[int, int]:
+    """Width and number of sub-blocks, as in the reference; a single small one is padded to a power of two."""
+    width = min(reference.SUB_BLOCK, triton.next_power_of_2(vocab_size))
+    return width, triton.cdiv(vocab_size, width)
+
+
+def requests_per_program(batch: int, tile_size: int) -> int:
+    """1 on a GPU. Interpreted, as many as keep a program's tile near INTERPRETER_ELEMENTS."""
+    if not is_interpreted():
+        return 1
+    return max(1, min(triton.next_power_of_2(batch), INTERPRETER_ELEMENTS // tile_size))

@@ -1,0 +1,117 @@
+"""The token after the accepted ones: drawn from p, by thinning from max(0, p - q), or from that residual itself."""
+
+import triton
+import triton.language as tl
+
+from vllm_bebop.kernels.device import NEG_INF, add_gumbel, finite, pick, to_scores, uniform
+from vllm_bebop.kernels.filtering import load_kept, load_kept_block
+from vllm_bebop.kernels.philox import Stream
+
+TARGET_BLOCK, TARGET_TOKEN = tl.constexpr(int(Stream.TARGET_BLOCK)), tl.constexpr(int(Stream.TARGET_TOKEN))
+THINNING_BLOCK, THINNING_TOKEN = tl.constexpr(int(Stream.THINNING_BLOCK)), tl.constexpr(int(Stream.THINNING_TOKEN))
+THINNING_KEEP = tl.constexpr(int(Stream.THINNING_KEEP))
+
+
+@triton.jit
+def draft_log_prob(draft_row, mask, ids, token, is_point_mass, logsumexp, inverse_temperature):
+    """log q [R, N] at ids [R, N]: of the draft row, or of the point mass on `token` [R]; -inf where masked."""
+    log_prob = tl.where(mask & (ids == token[:, None]), 0.0, NEG_INF)
+    if draft_row is not None:
+        from_row = mask & ~is_point_mass[:, None]
+        logits = tl.load(draft_row[:, None] + ids, mask=from_row, other=NEG_INF)
+        of_row = to_scores(logits, inverse_temperature[:, None]) - finite(logsumexp)[:, None]
+        log_prob = tl.where(is_point_mass[:, None], log_prob, of_row)
+    return log_prob
+
+
+@triton.jit
+def is_below_ratio(u, log_a, log_b):
+    """u < a / b, in the form that gives True for equal a and b: see `reference._is_below_ratio`."""
+    return (log_a > NEG_INF) & (tl.log(u) < log_a - finite(log_b))
+
+
+@triton.jit
+def draw_last_token(
+    target_row,
+    bitmask_ptr,
+    bitmask_row,
+    threshold,
+    draft_row,
+    in_batch,
+    is_read,
+    from_residual,
+    rejected,
+    is_point_mass,
+    is_greedy,
+    block_logsumexp,
+    logsumexp_p,
+    logsumexp_q,
+    inverse_target,
+    inverse_draft,
+    seed,
+    position,
+    vocab_size,
+    NUM_THINNING_ROUNDS: tl.constexpr,
+    SUB_BLOCK: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
+):
+    """The token after the accepted ones [R], and whether thinning gave up on it.
+
+    Every request draws from p. Where the token must come from max(0, p - q), a draw x is dropped with probability
+    min(1, q(x) / p(x)) and drawn anew, NUM_THINNING_ROUNDS times at most: see `reference._sample_residual`.
+    """
+    blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    block_stream = tl.where(from_residual, THINNING_BLOCK, TARGET_BLOCK)[:, None]
+    token_stream = tl.where(from_residual, THINNING_TOKEN, TARGET_TOKEN)[:, None]
+    token = tl.zeros_like(rejected)
+    is_pending = in_batch
+    is_dropped = from_residual
+    num_attempts = NUM_THINNING_ROUNDS
+    if NUM_THINNING_ROUNDS == 0:
+        num_attempts = 1
+        is_pending = in_batch & ~from_residual
+    attempt = 0
+    while (attempt < num_attempts) & (tl.max(is_pending.to(tl.int32), axis=0) > 0):
+        noisy = add_gumbel(block_logsumexp, seed, position, block_stream, blocks, attempt, is_greedy)
+        block = tl.argmax(noisy, axis=1)
+        mask = is_read & is_pending
+        scores, ids = load_kept_block(
+            target_row, block, mask, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size, SUB_BLOCK
+        )
+        inside = tl.argmax(add_gumbel(scores, seed, position, token_stream, ids, attempt, is_greedy), axis=1)
+        draw = block * SUB_BLOCK + inside
+        log_p = pick(scores, inside) - finite(logsumexp_p)
+        of_q = (mask & from_residual)[:, None]
+        log_q = draft_log_prob(draft_row, of_q, draw[:, None], rejected, is_point_mass, logsumexp_q, inverse_draft)
+        u = uniform(seed, position, THINNING_KEEP, tl.zeros_like(rejected), attempt)
+        is_below = is_below_ratio(u, tl.max(log_q, axis=1), log_p)
+        token = tl.where(is_pending, draw, token)
+        is_dropped = tl.where(is_pending, from_residual & is_below, is_dropped)
+        is_pending = is_pending & is_dropped
+        attempt += 1
+    return token, is_dropped
+
+
+@triton.jit
+def residual_of(
+    target_row,
+    bitmask_ptr,
+    bitmask_row,
+    threshold,
+    draft_row,
+    mask,
+    ids,
+    token,
+    is_point_mass,
+    logsumexp_p,
+    logsumexp_q,
+    inverse_target,
+    inverse_draft,
+    vocab_size,
+):
+    """max(0, p - q) [R, N] at ids [1 or R, N]; 0 where masked."""
+    mask = mask[:, None] & (ids < vocab_size)
+    scores = load_kept(target_row, ids, mask, inverse_target, bitmask_ptr, bitmask_row, threshold)
+    log_p = scores - finite(logsumexp_p)[:, None]
+    log_q = draft_log_prob(draft_row, mask, ids, token, is_point_mass, logsumexp_q, inverse_draft)
+    return tl.maximum(tl.exp(log_p) - tl.exp(log_q), 0.0)

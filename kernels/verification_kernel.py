@@ -1,0 +1,345 @@
+"""The verifier's one kernel: statistics and verdict of a row, resolution of a request, and its residual."""
+
+import triton
+import triton.language as tl
+
+from vllm_bebop.kernels.device import (
+    GREEDY_TEMPERATURE,
+    NEG_INF,
+    add_gumbel,
+    finite,
+    load_statistics,
+    merge_entropy,
+    merge_logsumexp,
+    summarize_tile,
+    take_ticket,
+    uniform,
+)
+from vllm_bebop.kernels.filtering import apply_threshold, load_kept, load_kept_block
+from vllm_bebop.kernels.philox import Stream
+from vllm_bebop.kernels.resampling import draft_log_prob, draw_last_token, is_below_ratio, residual_of
+
+ACCEPT_STREAM = tl.constexpr(int(Stream.ACCEPT))
+RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.constexpr(int(Stream.RESIDUAL_TOKEN))
+
+# What a row decided.
+ACCEPTED, REJECTED, NO_DRAFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Planes of a row's merged numbers, fp32.
+LSE_P, LSE_Q, ENTROPY, NUM_NAN, OVERLAP, ARGMAX_PROB, THRESHOLD = (tl.constexpr(i) for i in range(7))
+NUM_ROW_PLANES = 7
+NO_REJECTION = tl.constexpr(2**30)
+NAN = tl.constexpr(float("nan"))
+SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did not read
+
+
+@triton.jit(do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "batch"])
+def verify_kernel(
+    target_ptr,
+    target_stride,
+    num_target_rows,
+    target_is_processed,
+    bitmask_ptr,
+    bitmask_stride,
+    min_p_ptr,
+    draft_ptr,
+    draft_slot_stride,
+    draft_step_stride,
+    draft_logsumexp_ptr,
+    draft_argmax_ptr,
+    num_cached,
+    tokens_ptr,
+    tokens_stride,
+    num_drafts_ptr,
+    first_rows_ptr,
+    temperature_ptr,
+    seeds_ptr,
+    positions_ptr,
+    slots_ptr,
+    one_hot_ptr,
+    target_statistics_ptr,
+    draft_statistics_ptr,
+    plane,
+    rows_ptr,
+    row_plane,
+    verdicts_ptr,
+    row_tickets_ptr,
+    request_tickets_ptr,
+    first_rejected_ptr,
+    unresolved_ptr,
+    residual_sums_ptr,
+    token_ids_ptr,
+    num_accepted_ptr,
+    entropy_ptr,
+    overlap_ptr,
+    argmax_prob_ptr,
+    num_nan_ptr,
+    num_empty_ptr,
+    batch,
+    max_drafts,
+    vocab_size,
+    num_blocks,
+    STATISTICS: tl.constexpr,
+    RESOLUTION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    NUM_THINNING_ROUNDS: tl.constexpr,
+    SUB_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
+    PADDED_STEPS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    """Any of the three parts; the caller launches statistics and resolution separately or together.
+
+    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The resolution alone has one tile and one step, the
+    residual one step.
+    """
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    num_steps = max_drafts + 1
+
+    # The requests of this program, [R] each.
+    request = group * REQUESTS + tl.arange(0, REQUESTS)
+    in_batch = request < batch
+    slot = request.to(tl.int64)
+    is_request = in_batch
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + request, mask=in_batch, other=-1).to(tl.int64)
+        is_request = in_batch & (slot >= 0)
+    num_drafts = tl.load(num_drafts_ptr + request, mask=is_request, other=0).to(tl.int32)
+    num_drafts = tl.minimum(tl.maximum(num_drafts, 0), max_drafts)
+    first_row = tl.load(first_rows_ptr + request, mask=is_request, other=0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + slot, mask=is_request, other=0.0)
+    seed = tl.load(seeds_ptr + slot, mask=is_request, other=0)
+    first_position = tl.load(positions_ptr + request, mask=is_request, other=0).to(tl.int32)
+    is_greedy = temperature < GREEDY_TEMPERATURE
+    inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
+    inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
+    # A greedy request accepts iff the token is the argmax, whatever q was: q as a point mass says just that.
+    is_point_mass = is_greedy | (slot >= num_cached)
+    if one_hot_ptr is not None:
+        is_point_mass = is_point_mass | tl.load(one_hot_ptr + request, mask=in_batch, other=False)
+
+    # The row that this program is about: a step's row, or the request's last one.
+    step = tl.zeros([REQUESTS], tl.int32) + tl.program_id(2)
+    if RESIDUAL:
+        is_request = is_request & (tl.load(unresolved_ptr + request, mask=in_batch, other=0) != 0)
+        if tl.max(is_request.to(tl.int32), axis=0) == 0:
+            return
+        step = tl.load(num_accepted_ptr + request, mask=is_request, other=0).to(tl.int32)
+    row = first_row + step
+    row_index = request * num_steps + step
+    is_row = in_batch & (step <= num_drafts)
+    is_read = is_row & is_request & (row < num_target_rows)
+    target_row = target_ptr + row * target_stride
+    bitmask_row = row * bitmask_stride
+    threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+    draft_row = None
+    if draft_ptr is not None:
+        draft_row = draft_ptr + slot * draft_slot_stride + step * draft_step_stride
+    has_draft = is_request & (step < num_drafts)
+    token = tl.load(tokens_ptr + request * tokens_stride + step, mask=has_draft, other=-1)
+    token = tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
+    target_statistics = target_statistics_ptr + row_index * num_blocks
+    rows = rows_ptr + row_index
+
+    # --- Statistics of one row; its last tile decides it.
+    is_resolver = tl.program_id(0) == 0
+    if STATISTICS:
+        num_rows = tl.max(num_drafts, axis=0) + 1
+        if tl.program_id(2) >= num_rows:
+            return
+        is_resolver = num_rows == 0
+        is_wanted = is_row
+        if RESOLUTION:
+            is_wanted = is_row & (step <= tl.load(first_rejected_ptr + request, mask=in_batch, other=0, volatile=True))
+        arrival = 1 + SKIPPED
+        if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
+            arrival = 1
+            summarize_tile(
+                target_row, bitmask_ptr, bitmask_row, is_read, is_row, inverse_target, is_greedy, tile,
+                target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
+            )  # fmt: skip
+            if draft_ptr is not None and draft_logsumexp_ptr is None:
+                is_read_draft = has_draft & ~is_point_mass
+                summarize_tile(
+                    draft_row, None, None, is_read_draft, is_row, inverse_draft, is_greedy, tile,
+                    draft_statistics_ptr + row_index * num_blocks, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
+                )  # fmt: skip
+        arrived = take_ticket(row_tickets_ptr + group * num_steps + tl.program_id(2), tl.num_programs(0), arrival)
+        if (arrived > 0) & (arrived < SKIPPED):
+            block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
+            block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
+            num_nan = tl.sum(load_statistics(target_statistics + 2 * plane, is_row, num_blocks, PADDED_BLOCKS, 0.0), 1)
+            if min_p_ptr is not None:
+                min_p = tl.load(min_p_ptr + slot, mask=is_request, other=0.0)
+                largest = load_statistics(target_statistics + 3 * plane, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
+                has_min_p = (min_p > 0) & ~is_greedy
+                threshold = tl.where(has_min_p, tl.max(largest, axis=1) + tl.log(min_p), NEG_INF)
+                block_logsumexp, block_entropy = apply_threshold(
+                    target_row, is_read, inverse_target, bitmask_ptr, bitmask_row, threshold, largest, block_logsumexp,
+                    block_entropy, vocab_size, SUB_BLOCK,
+                )  # fmt: skip
+                all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+                is_block = is_row[:, None] & (all_blocks < num_blocks)
+                tl.store(target_statistics[:, None] + all_blocks, block_logsumexp, mask=is_block)
+                tl.store(rows + THRESHOLD * row_plane, threshold, mask=is_row)
+            logsumexp_p = merge_logsumexp(block_logsumexp, is_greedy)
+            entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp_p, is_greedy)
+            logsumexp_q = tl.zeros([REQUESTS], tl.float32)
+            if draft_logsumexp_ptr is not None:
+                logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=has_draft, other=NEG_INF)
+            elif draft_ptr is not None:
+                draft_statistics = draft_statistics_ptr + row_index * num_blocks
+                of_blocks = load_statistics(draft_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
+                logsumexp_q = merge_logsumexp(of_blocks, is_greedy)
+
+            is_token = is_read & (token >= 0)
+            score = tl.max(
+                load_kept(
+                    target_row, token[:, None], is_token[:, None], inverse_target, bitmask_ptr, bitmask_row, threshold
+                ),
+                axis=1,
+            )
+            log_p = score - finite(logsumexp_p)
+            if tl.max(is_greedy.to(tl.int32), axis=0) > 0:
+                top_block = tl.argmax(block_logsumexp, axis=1)
+                scores, _ = load_kept_block(
+                    target_row, top_block, is_read, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size,
+                    SUB_BLOCK,
+                )  # fmt: skip
+                is_argmax = (score > NEG_INF) & (token == top_block * SUB_BLOCK + tl.argmax(scores, axis=1))
+                log_p = tl.where(is_greedy, tl.where(is_argmax, 0.0, NEG_INF), log_p)
+            log_q = tl.max(
+                draft_log_prob(
+                    draft_row, is_token[:, None], token[:, None], token, is_point_mass, logsumexp_q, inverse_draft
+                ),
+                axis=1,
+            )
+            is_drawn = log_q > NEG_INF
+            u = uniform(seed, first_position + step, ACCEPT_STREAM, tl.zeros([REQUESTS], tl.int32), 0)
+            accepts = is_drawn & is_below_ratio(u, log_p, log_q)
+            overlap = tl.exp(tl.minimum(log_p - finite(log_q), 0.0))
+            argmax_prob = tl.where(is_point_mass, overlap, NAN)
+            if draft_argmax_ptr is not None:
+                at_argmax = is_read & is_drawn & ~is_point_mass
+                argmax_q = tl.load(draft_argmax_ptr + slot * max_drafts + step, mask=at_argmax, other=0)
+                score = tl.max(
+                    load_kept(
+                        target_row, argmax_q[:, None], at_argmax[:, None], inverse_target, bitmask_ptr, bitmask_row,
+                        threshold,
+                    ),
+                    axis=1,
+                )  # fmt: skip
+                argmax_prob = tl.where(is_point_mass, overlap, tl.exp(score - finite(logsumexp_p)))
+            verdict = tl.where(accepts, ACCEPTED, tl.where(is_drawn, REJECTED, NO_DRAFT))
+
+            tl.store(rows + LSE_P * row_plane, logsumexp_p, mask=is_row)
+            tl.store(rows + LSE_Q * row_plane, logsumexp_q, mask=is_row)
+            tl.store(rows + ENTROPY * row_plane, entropy, mask=is_row)
+            tl.store(rows + NUM_NAN * row_plane, num_nan, mask=is_row)
+            tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, NAN), mask=is_row)
+            tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, NAN), mask=is_row)
+            tl.store(verdicts_ptr + row_index, verdict, mask=is_row)
+            if RESOLUTION:
+                is_rejection = is_row & (step < num_drafts) & ~accepts
+                tl.atomic_min(first_rejected_ptr + request, step, mask=is_rejection)
+        if RESOLUTION:  # noqa: SIM102
+            if arrived > 0:
+                is_resolver = take_ticket(request_tickets_ptr + group, num_rows, 1) > 0
+
+    # --- Resolution of a request: the accepted tokens and one more.
+    if RESOLUTION:  # noqa: SIM102 (known to the compiler, unlike the inner condition)
+        if is_resolver:
+            steps = tl.arange(0, PADDED_STEPS)[None, :]
+            index = request[:, None] * num_steps + steps
+            is_draft = in_batch[:, None] & (steps < num_drafts[:, None])
+            verdict = tl.load(verdicts_ptr + index, mask=is_draft, other=ACCEPTED, cache_modifier=".cg")
+            num_accepted = tl.min(tl.where(is_draft & (verdict != ACCEPTED), steps, num_drafts[:, None]), axis=1)
+            is_last = steps == num_accepted[:, None]
+            last_verdict = tl.max(tl.where(is_draft & is_last, verdict, ACCEPTED), axis=1)
+            # A rejected greedy draft is not the argmax, so that max(0, p - q) is p.
+            from_residual = (last_verdict == REJECTED) & ~is_greedy
+
+            row = first_row + num_accepted
+            row_index = request * num_steps + num_accepted
+            is_read = is_request & (row < num_target_rows)
+            target_row = target_ptr + row * target_stride
+            bitmask_row = row * bitmask_stride
+            if min_p_ptr is not None:
+                threshold = tl.load(
+                    rows_ptr + THRESHOLD * row_plane + row_index, mask=in_batch, other=NEG_INF, cache_modifier=".cg"
+                )
+            if draft_ptr is not None:
+                draft_row = draft_ptr + slot * draft_slot_stride + num_accepted * draft_step_stride
+            rejected = tl.load(tokens_ptr + request * tokens_stride + num_accepted, mask=from_residual, other=-1)
+            rejected = rejected.to(tl.int32)
+            position = first_position + num_accepted
+            logsumexp_p = tl.load(rows_ptr + LSE_P * row_plane + row_index, mask=in_batch, cache_modifier=".cg")
+            logsumexp_q = tl.load(rows_ptr + LSE_Q * row_plane + row_index, mask=in_batch, cache_modifier=".cg")
+            block_logsumexp = load_statistics(
+                target_statistics_ptr + row_index * num_blocks, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF
+            )
+            token, is_dropped = draw_last_token(
+                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, in_batch, is_read, from_residual, rejected,
+                is_point_mass, is_greedy, block_logsumexp, logsumexp_p, logsumexp_q, inverse_target, inverse_draft,
+                seed, position, vocab_size, NUM_THINNING_ROUNDS, SUB_BLOCK, PADDED_BLOCKS,
+            )  # fmt: skip
+            tl.store(unresolved_ptr + request, is_dropped.to(tl.int32), mask=in_batch)
+
+            is_accepted = in_batch[:, None] & (steps < num_accepted[:, None])
+            accepted = tl.load(tokens_ptr + request[:, None] * tokens_stride + steps, mask=is_accepted, other=-1)
+            tokens = tl.where(is_last, token[:, None].to(tl.int64), accepted.to(tl.int64))
+            is_step = in_batch[:, None] & (steps < num_steps)
+            tl.store(token_ids_ptr + index, tokens, mask=is_step)
+            tl.store(num_accepted_ptr + request, num_accepted.to(tl.int64), mask=in_batch)
+
+            is_used = in_batch[:, None] & (steps <= num_accepted[:, None])
+            is_used_draft = is_used & is_draft
+            used_row = rows_ptr + index
+            entropy = tl.load(used_row + ENTROPY * row_plane, mask=is_used, other=NAN, cache_modifier=".cg")
+            tl.store(entropy_ptr + index, entropy, mask=is_step)
+            overlap = tl.load(used_row + OVERLAP * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
+            prob = tl.load(used_row + ARGMAX_PROB * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
+            draft_index = request[:, None] * max_drafts + steps
+            tl.store(overlap_ptr + draft_index, overlap, mask=is_step & (steps < max_drafts))
+            tl.store(argmax_prob_ptr + draft_index, prob, mask=is_step & (steps < max_drafts))
+            num_nan = tl.load(used_row + NUM_NAN * row_plane, mask=is_used, other=0.0, cache_modifier=".cg")
+            tl.store(num_nan_ptr + request, tl.sum(num_nan, axis=1).to(tl.int64), mask=in_batch)
+            logsumexps = tl.load(used_row + LSE_P * row_plane, mask=is_used, other=0.0, cache_modifier=".cg")
+            num_empty = tl.sum((logsumexps == NEG_INF).to(tl.int32), axis=1)
+            tl.store(num_empty_ptr + request, num_empty.to(tl.int64), mask=in_batch)
+            if STATISTICS:
+                tl.store(first_rejected_ptr + request, tl.zeros([REQUESTS], tl.int32) + NO_REJECTION, mask=in_batch)
+
+    # --- Residual of the requests whose thinning gave up.
+    if RESIDUAL:
+        if min_p_ptr is not None:
+            threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_request, other=NEG_INF)
+        logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_request, other=0.0)
+        logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_request, other=0.0)
+        ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
+        residual = residual_of(
+            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, is_read, ids, token, is_point_mass, logsumexp_p,
+            logsumexp_q, inverse_target, inverse_draft, vocab_size,
+        )  # fmt: skip
+        sums = tl.sum(tl.reshape(residual, [REQUESTS, TILE, SUB_BLOCK]), axis=2)
+        blocks = tile * TILE + tl.arange(0, TILE)[None, :]
+        residual_sums = residual_sums_ptr + request * num_blocks
+        tl.store(residual_sums[:, None] + blocks, sums, mask=is_request[:, None] & (blocks < num_blocks))
+        if take_ticket(request_tickets_ptr + group, tl.num_programs(0), 1) > 0:
+            position = first_position + step
+            never_greedy = token < -1
+            block_sums = load_statistics(residual_sums, is_request, num_blocks, PADDED_BLOCKS, 0.0)
+            all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+            noisy = add_gumbel(tl.log(block_sums), seed, position, RESIDUAL_BLOCK, all_blocks, 0, never_greedy)
+            block = tl.argmax(noisy, axis=1)
+            inside_ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
+            inside = residual_of(
+                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, is_read, inside_ids, token, is_point_mass,
+                logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+            )  # fmt: skip
+            noisy = add_gumbel(tl.log(inside), seed, position, RESIDUAL_TOKEN, inside_ids, 0, never_greedy)
+            draw = block * SUB_BLOCK + tl.argmax(noisy, axis=1)
+            # An all-zero residual (p equal to q up to rounding) keeps the last draw from p.
+            is_replaced = is_request & (tl.sum(block_sums, axis=1) > 0)
+            tl.store(token_ids_ptr + row_index, draw.to(tl.int64), mask=is_replaced)

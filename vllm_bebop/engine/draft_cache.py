@@ -1,0 +1,73 @@
+"""q of the last drafts, kept for verification by request slot (model runner V2): its memory, its limit, its allocation.
+
+A slot past the end of a limited cache drafts argmax q and is verified as one-hot: lossless too, with fewer tokens
+accepted. The kernels see to that; here only the number of cached slots is decided.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from vllm_bebop.config import BebopConfigError
+
+logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DraftCache:
+    """What verification must know of q; row [slot, step]."""
+
+    logits: torch.Tensor  # [num_slots, num_steps, vocab_size], before temperature
+    logsumexp: torch.Tensor  # [num_slots, num_steps] fp32, of logits / T
+    argmax: torch.Tensor  # [num_slots, num_steps] int64
+
+
+def allocate(
+    num_requests: int,
+    num_steps: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit_gib: float | None,
+) -> DraftCache:
+    """A cache for every request, or for as many as `limit_gib` holds. Logs its size first.
+
+    Raises:
+        BebopConfigError: the limit holds no request at all.
+    """
+    row_bytes = num_steps * vocab_size * dtype.itemsize
+    num_slots = num_requests if limit_gib is None else min(num_requests, int(limit_gib * _GIB // row_bytes))
+    if num_slots == 0:
+        raise BebopConfigError(
+            f"'draft_cache_gib': {limit_gib} holds no request, one takes {row_bytes / _GIB:.3g}; raise it, or set "
+            '"acceptance": "target_only", which needs no cache'
+        )
+    logger.info(
+        "bebop: draft cache of %d requests x %d steps x %d logits x %d bytes = %.2f GiB",
+        num_slots, num_steps, vocab_size, dtype.itemsize, num_slots * row_bytes / _GIB,
+    )  # fmt: skip
+    if num_slots < num_requests:
+        logger.warning(
+            "bebop: 'draft_cache_gib': %g lets %d of %d concurrent requests speculate probabilistically; the drafts of "
+            "the others are one-hot (still lossless, fewer are accepted)",
+            limit_gib, num_slots, num_requests,
+        )  # fmt: skip
+    return DraftCache(
+        logits=torch.zeros(num_slots, num_steps, vocab_size, dtype=dtype, device=device),
+        logsumexp=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
+        argmax=torch.zeros(num_slots, num_steps, dtype=torch.int64, device=device),
+    )
+
+
+class LowestFirst(list[int]):
+    """Free slots, the lowest handed out first, so that the cached ones are used before any other."""
+
+    def pop(self, _index: object = -1) -> int:
+        lowest = min(self)
+        self.remove(lowest)
+        return lowest

@@ -1,0 +1,223 @@
+"""Is the sampler lossless on this device? `bebop selftest` draws samples and compares their laws with the target's.
+
+Two drafts are sampled, verified, and followed by a bonus token, tens of thousands of times, over laws p and q of six
+tokens. What must hold is known exactly (arXiv:2606.12370, Eq. 1 and 2), so each law is one small test. Then the same
+tests must reject samplers with a planted fault: a test that cannot fail proves nothing. Last, the kernels' tokens are
+compared with the reference's on a large vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vllm_bebop.kernels import backend as backends
+from vllm_bebop.kernels.backend import Backend
+from vllm_bebop.kernels.philox import Stream
+from vllm_bebop.kernels.reference import Verification
+from vllm_bebop.statistics import RERUN_P_VALUE, bonferroni, g_test, honest_p_value, independence_test
+
+# p has a token that cannot occur; q differs enough from p that about four in ten drafts are rejected.
+P = torch.tensor(
+    [[0.25, 0.14, 0.18, 0.13, 0.00, 0.30], [0.10, 0.25, 0.15, 0.25, 0.15, 0.10], [0.25, 0.15, 0.20, 0.05, 0.30, 0.05]]
+)
+Q = torch.tensor([[0.10, 0.20, 0.25, 0.20, 0.10, 0.15], [0.15, 0.10, 0.25, 0.10, 0.25, 0.15]])
+NUM_SAMPLES = 40_000
+NUM_DRAFTS = 2
+
+Report = list[tuple[str, bool, str]]
+
+
+class Step:
+    """Two drafts and their verification, for `num_samples` requests that differ in their seed alone."""
+
+    noise_positions = (0, 1)  # of the two drafts, after the first position
+
+    def __init__(self, backend: Backend, num_samples: int, first_seed: int, device: torch.device, one_hot: bool):
+        self.backend, self.one_hot, self.device = backend, one_hot, device
+        self.seeds = torch.arange(first_seed, first_seed + num_samples, device=device)
+        self.slots = torch.arange(num_samples, device=device)
+        self.positions, self.temperature = torch.full_like(self.seeds, 100), torch.ones(num_samples, device=device)
+        self.q = torch.eye(P.shape[1])[Q.argmax(1)] if one_hot else Q
+
+    def draw(self, law: Tensor, position: int, streams: tuple[Stream, Stream]) -> tuple[Tensor, Tensor]:
+        """A token of each request from `law` [V], and the row's logsumexp: [N] each."""
+        logits = law.log().to(self.device).expand(len(self.seeds), -1)
+        out = self.backend.sample(
+            logits, self.temperature, self.seeds, self.positions + position, slots=self.slots, streams=streams
+        )
+        return out.token_ids, out.logsumexp
+
+    def verify(self, token_ids: Tensor, q: Tensor, logsumexp: Tensor, **options: bool) -> Verification:
+        num_samples = len(self.seeds)
+        return self.backend.verify(
+            P.log().repeat(num_samples, 1).to(self.device),
+            token_ids,
+            None if self.one_hot else q.log().to(self.device).expand(num_samples, -1, -1),
+            torch.full_like(self.seeds, NUM_DRAFTS),
+            self.temperature,
+            self.seeds,
+            self.positions,
+            slots=self.slots,
+            draft_logsumexp=None if self.one_hot else logsumexp,
+            **options,
+        )
+
+    def run(self, **options: bool) -> tuple[Tensor, Verification]:
+        """Draft tokens [N, 2] and what came out."""
+        streams = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN)
+        draws = [self.draw(law, position, streams) for law, position in zip(self.q, self.noise_positions, strict=True)]
+        token_ids, logsumexp = (torch.stack(each, dim=1) for each in zip(*draws, strict=True))
+        return token_ids, self.verify(token_ids, self.q, logsumexp, **options)
+
+
+class RecoveredFromTarget(Step):
+    """The recovered token is drawn from p instead of max(0, p - q)."""
+
+    def verify(self, token_ids: Tensor, q: Tensor, logsumexp: Tensor, **options: bool) -> Verification:
+        out = super().verify(token_ids, q, logsumexp, **options)
+        recovered = out.token_ids.clone()
+        for i in range(NUM_DRAFTS):
+            from_target, _ = self.draw(P[i], i, (Stream.RESIDUAL_BLOCK, Stream.RESIDUAL_TOKEN))
+            recovered[:, i] = torch.where(out.num_accepted == i, from_target, recovered[:, i])
+        return replace(out, token_ids=recovered)
+
+
+class SharedNoise(Step):
+    """Both drafts are drawn with the same random numbers."""
+
+    noise_positions = (0, 0)
+
+
+class OtherDraftLaw(Step):
+    """Verification is told of a q that is 20 % sharper than the one drafted from."""
+
+    def verify(self, token_ids: Tensor, q: Tensor, logsumexp: Tensor, **options: bool) -> Verification:
+        sharper = q**1.2
+        of_sharper = sharper.sum(dim=1).log().to(logsumexp).expand_as(logsumexp).contiguous()
+        return super().verify(token_ids, sharper, of_sharper, **options)
+
+
+FAULTS = {
+    "recovered token drawn from p": RecoveredFromTarget,
+    "drafts share their noise": SharedNoise,
+    "verification knows another q": OtherDraftLaw,
+}
+
+
+def laws(
+    backend: Backend,
+    num_samples: int,
+    first_seed: int,
+    device: torch.device | str,
+    *,
+    one_hot: bool = False,
+    step_type: type[Step] = Step,
+    **options: bool,
+) -> dict[str, float]:
+    """P-values of the low-dimensional laws of two drafts and a bonus token.
+
+    Args:
+        backend: the sampler under test.
+        num_samples, first_seed: requests, and the seed of the first; the others count up from it.
+        one_hot: drafts are argmax q (Eq. 1) instead of sampled (Eq. 2).
+        step_type: `Step`, or one of FAULTS.
+        options: for `verify`.
+    """
+    step = step_type(backend, num_samples, first_seed, torch.device(device), one_hot)
+    token_ids, out = step.run(**options)
+    vocab_size, q = P.shape[1], step.q
+    first, second, third = out.token_ids.cpu().unbind(1)
+    token_ids, num_accepted = token_ids.cpu(), out.num_accepted.cpu()
+    rejected, one, two = (num_accepted == k for k in range(3))
+    overlap = torch.minimum(P[:2], q).sum(1)
+    residual = (P[:2] - q).clamp(min=0)
+
+    def count(tokens: Tensor) -> Tensor:
+        return tokens.bincount(minlength=vocab_size)
+
+    def table(rows: Tensor, columns: Tensor) -> Tensor:
+        return (rows * vocab_size + columns).bincount(minlength=vocab_size**2).view(vocab_size, vocab_size)
+
+    accepted_law = torch.stack([1 - overlap[0], overlap[0] * (1 - overlap[1]), overlap.prod()])
+    return {
+        "accepted count": g_test(num_accepted.bincount(minlength=3), accepted_law),
+        "token 1": g_test(count(first), P[0]),
+        "token 2 given one accepted": g_test(count(second[~rejected]), P[1]),
+        "bonus": g_test(count(third[two]), P[2]),
+        "residual 1": g_test(count(first[rejected]), residual[0]),
+        "residual 2": g_test(count(second[one]), residual[1]),
+        "rejected x recovered": independence_test(table(token_ids[rejected, 0], first[rejected])),
+        "token 1 x token 2": independence_test(table(first[~rejected], second[~rejected])),
+        "token 2 x bonus": independence_test(table(second[two], third[two])),
+    }
+
+
+def run(device: torch.device | str | None = None, backend: Backend | None = None) -> Report:
+    """Rows (what, passed, detail) for `bebop selftest`.
+
+    Args:
+        device: default: the GPU if there is one, else the CPU.
+        backend: default: the sampler that serves this device.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backend = backend or backends.pick(device)
+    is_fused = backend.verification_workspace(1, 1, 1, device) is not None
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    report: Report = [("sampler", True, f"{backend.name} on {where}, PyTorch {torch.__version__}")]
+
+    forms: dict[str, dict[str, bool]] = {"sampled drafts": {}, "one-hot drafts": {"one_hot": True}}
+    if is_fused:
+        forms["sampled drafts, single launch"] = {"single_launch": True}
+    for name, options in forms.items():
+
+        def experiment(n: int, first: int, options: dict[str, bool] = options) -> dict[str, float]:
+            return laws(backend, n, first, device, **options)  # type: ignore[arg-type]
+
+        passed, p_values = honest_p_value(experiment, NUM_SAMPLES)
+        worst = min(p_values, key=lambda law: p_values[law])
+        detail = f"{len(p_values)} laws of {NUM_SAMPLES} samples; smallest p {p_values[worst]:.2g} ({worst})"
+        report.append((f"laws of {name}", passed, detail))
+    for name, step_type in FAULTS.items():
+        p_value = bonferroni(laws(backend, NUM_SAMPLES, 0, device, step_type=step_type))
+        report.append((f"fault caught: {name}", p_value < RERUN_P_VALUE, f"p {p_value:.2g}"))
+    if is_fused:
+        report.append(("tokens equal the reference's", *_compare_tokens(backend, device)))
+    return report
+
+
+def _compare_tokens(backend: Backend, device: torch.device) -> tuple[bool, str]:
+    """Drafts and output of mixed requests on a large vocabulary, by the kernels and by the reference."""
+    batch, num_drafts, vocab_size = (256, 3, 151_936) if device.type == "cuda" else (64, 3, 9_000)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(batch, num_drafts + 1, vocab_size, generator=generator, device=device) * 3
+    noise = 0.5 * torch.randn(batch, num_drafts, vocab_size, generator=generator, device=device)
+    target_logits = logits.to(torch.bfloat16).flatten(0, 1)
+    draft_logits = (logits[:, :num_drafts] + noise).to(torch.bfloat16)
+    slots = torch.arange(batch, device=device)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 1.3], device=device)[slots % 4]
+    shared = {"temperature": temperature, "seeds": slots + 1}
+    positions = torch.full_like(slots, 100)
+
+    def tokens(sampler: Backend, drafts: Tensor | None) -> tuple[Tensor, Tensor]:
+        drawn = torch.stack(
+            [
+                sampler.sample(draft_logits[:, i], **shared, positions=positions + i, slots=slots).token_ids.clone()
+                for i in range(num_drafts)
+            ],
+            dim=1,
+        )
+        out = sampler.verify(
+            target_logits, drawn if drafts is None else drafts, draft_logits, torch.full_like(slots, num_drafts),
+            **shared, positions=positions, slots=slots,
+        )  # fmt: skip
+        return drawn, out.token_ids
+
+    ours, output = tokens(backend, None)
+    reference, expected = tokens(backends.plain(), ours)
+    different = int(((ours != reference).any(1) | (output != expected).any(1)).sum())
+    # Two scores may lie within rounding of each other; more than one such request in a batch is a fault.
+    detail = f"{different} of {batch} requests differ ({num_drafts} drafts, {vocab_size} tokens)"
+    return different <= 1, detail
