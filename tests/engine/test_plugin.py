@@ -72,7 +72,7 @@ def test_method_reads_mtp_afterwards():
     with engine(BEBOP | {"acceptance": "target_only"}) as llm:
         config = llm.llm_engine.vllm_config
         assert config.speculative_config.method == "mtp"
-        assert config.additional_config["bebop"] == {"acceptance": "target_only"}
+        assert config.additional_config["bebop"]["acceptance"] == "target_only"
         assert runner(llm).drafter.one_hot
 
 

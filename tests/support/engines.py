@@ -19,6 +19,15 @@ TINY_MODEL = ROOT / "tiny_model" / "checkpoint"
 BEBOP = {"method": "bebop", "num_speculative_tokens": 3}
 
 
+def environment_for_every_family() -> dict[str, str]:
+    """This process's environment, and the torchvision that vLLM's Qwen3.5 imports.
+
+    Without a GPU, scripts/setup_venv.sh puts it beside the environment, since Transformers fails to import with it.
+    """
+    search = [ROOT / "tests" / "cpu_support", ROOT / ".venv" / "torchvision", os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
+
+
 @contextmanager
 def engine(speculative_config: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
     """An offline `LLM` whose engine core and worker live in this process, so that tests can look inside."""
