@@ -221,11 +221,9 @@ def write_draft(
     from safetensors.torch import save_file
 
     path = Path(path).absolute()
-    refuse_misread_path(path)
     if path.exists() and not overwrite:
         raise DraftError("exists: choose another directory or pass overwrite=True", path=path)
-    if path.exists() and not (path / METADATA_FILE).is_file():
-        raise DraftError(f"exists and holds no {METADATA_FILE}: not ours to replace, remove it yourself", path=path)
+    refuse_destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid4().hex}"  # beside it: a rename must not cross file systems
     temporary.mkdir()  # not mkdtemp, whose directories only their owner may read
@@ -295,6 +293,13 @@ def resolve_draft(name_or_path: str | Path, revision: str | None = None) -> Path
             raise DraftError(problem, path=name_or_path) from error
     refuse_misread_path(path)
     return path
+
+
+def refuse_destination(path: Path) -> None:
+    """Raises: DraftError, if no draft may be written to `path`: vLLM would misread it, or what is there is not ours."""
+    refuse_misread_path(path)
+    if path.exists() and not (path / METADATA_FILE).is_file():
+        raise DraftError(f"exists and holds no {METADATA_FILE}: not ours to replace, remove it yourself", path=path)
 
 
 def _misread_path(path: str | Path) -> list[str]:

@@ -29,6 +29,11 @@ def packed_hidden_states(
     """
     spans = _spans(documents)
     groups = _groups_of_similar_length(spans)
+    num_calls = len(groups)
+    if sharded:  # agreed on before the first call: every call is a collective operation
+        calls = torch.tensor(num_calls, device=token_ids.device)
+        dist.all_reduce(calls, dist.ReduceOp.MAX)
+        num_calls = int(calls)
     size = model.get_input_embeddings().get_parameter("weight").shape[1]
     fed = torch.zeros(*token_ids.shape, size, dtype=model.dtype, device=token_ids.device)
     teacher = torch.zeros_like(fed)
@@ -41,11 +46,8 @@ def packed_hidden_states(
         for index, (row, start, length) in enumerate(group):
             for packed, result in zip((fed, teacher), results, strict=True):
                 packed[row, start : start + length] = result[index, :length]
-    if sharded:
-        calls = torch.tensor(len(groups), device=token_ids.device)
-        dist.all_reduce(calls, dist.ReduceOp.MAX)
-        for _ in range(int(calls) - len(groups)):  # others still gather this process's part of the weights
-            target_hidden_states(model, token_ids.new_zeros(1, 1))
+    for _ in range(num_calls - len(groups)):  # others still gather this process's part of the weights
+        target_hidden_states(model, token_ids.new_zeros(1, 1))
     return fed, teacher
 
 

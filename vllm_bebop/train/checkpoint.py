@@ -30,6 +30,8 @@ def save(run: Path, update: int, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or read-only. Nothing unfinished stays behind, earlier checkpoints are untouched.
     """
+    for left_behind in run.glob(f"{_TEMPORARY}*"):  # by a process that was killed; only one writes
+        shutil.rmtree(left_behind, ignore_errors=True)
     destination = run / f"{_PREFIX}{update:08}"
     temporary = run / f"{_TEMPORARY}{update:08}-{os.getpid()}"
     try:
@@ -49,7 +51,7 @@ def save(run: Path, update: int, state: dict[str, Any]) -> None:
 
 
 def load_newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, with tensors on the CPU; None without one."""
+    """The newest checkpoint that is whole, with tensors on the CPU; None without one. Damaged ones are set aside."""
     for directory in _checkpoints(run):
         try:
             record = json.loads((directory / "complete.json").read_text())
@@ -57,7 +59,10 @@ def load_newest(run: Path) -> Checkpoint | None:
                 return Checkpoint(record["update"], torch.load(directory / "state.pt", "cpu", weights_only=True))
         except (OSError, ValueError, KeyError):
             pass
-        print(f"{directory} is damaged: going back to the checkpoint before it")
+        aside = directory.with_name(f"damaged-{directory.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+        print(f"{directory} is damaged, set aside as {aside.name}: going back to the checkpoint before it")
     return None
 
 

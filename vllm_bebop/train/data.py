@@ -15,6 +15,7 @@ be the last token of the prompt, where the first round of a request begins.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,13 @@ class Documents:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all that training sees of them."""
+        digest = hashlib.sha256(repr(self.offsets).encode())
+        for tensor in (self.token_ids, self.loss_mask):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
     def __str__(self) -> str:
         generated = int(self.loss_mask.sum())
         return (
@@ -65,6 +73,7 @@ def load_documents(
     vocab_size: int,
     num_steps: int,
     strict: bool = False,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Documents:
     """Read every line of JSONL or Parquet files; see the module for their forms.
 
@@ -75,11 +84,14 @@ def load_documents(
         vocab_size: token ids must be below it.
         num_steps: of a chain; a document without a single trained chain is a bad line.
         strict: a bad line is an error.
+        sampling: temperature, top_k, top_p, min_p of the policy; a line that records others ("sampling", as
+            `bebop rollout` writes it) is a bad line.
     Raises:
         DataError: a file is missing, nothing in the files is usable, or a line is bad and `strict` is set.
     """
 
     def parse(record: Mapping[str, Any]) -> tuple[list[int], bytes]:
+        _check_sampling(record.get("sampling"), sampling)
         token_ids, loss_mask = _parse_document(record, tokenizer)
         check_token_ids(token_ids, vocab_size)
         if not _has_chain(loss_mask, num_steps):
@@ -99,6 +111,14 @@ def load_documents(
         offsets,
         bad_lines,
     )
+
+
+def _check_sampling(recorded: Any, wanted: Mapping[str, Any] | None) -> None:
+    if wanted is None or not isinstance(recorded, Mapping):
+        return
+    for key, value in wanted.items():
+        if recorded.get(key) != value:
+            raise DataError(f"sampled with {key} {recorded.get(key)}, not {value}: ask for what it was sampled with")
 
 
 def _parse_document(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], bytes]:

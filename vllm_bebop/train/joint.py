@@ -4,7 +4,7 @@ Better leave a TV-trained head alone during RL, and never update it with cross-e
 (arXiv:2606.12370, Sect. 5.3 and Fig. 9a). If it is trained, it needs its own learning rate and its own gradient
 clipping, and must send no gradient into the backbone:
 
-    head = load_head(draft, model).float()
+    head = load_head(draft, model, dtype=torch.float32)                    # embedding and lm_head stay the model's own
     optimizer = AdamW([{"params": model.parameters()}, head_parameter_group(head, learning_rate=3.5e-5)], lr=1e-6)
     ...
     hidden_states = model.base_model(token_ids).last_hidden_state          # the forward pass that RL runs anyway
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vllm_bebop.train.heads import MTPHead
-from vllm_bebop.train.losses import SamplingPolicy
-from vllm_bebop.train.objective import Objective, Rollout, head_objective
+from vllm_bebop.train.losses import HeadLoss, SamplingPolicy
+from vllm_bebop.train.objective import Rollout, head_objective
 
 
 def joint_head_loss(
@@ -36,7 +36,7 @@ def joint_head_loss(
     loss: str = "e2e_tv",
     num_steps: int = 3,
     policy: SamplingPolicy | None = None,
-) -> Objective:
+) -> HeadLoss:
     """The head's loss on rows that the backbone has just been run on. Its gradient reaches the head alone.
 
     Args:

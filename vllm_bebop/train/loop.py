@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,6 +32,8 @@ from vllm_bebop.train.log import TrainingLog
 from vllm_bebop.train.losses import LOSSES, SamplingPolicy
 from vllm_bebop.train.objective import Rollout, accepted_drafts, head_objective, trained_chains
 from vllm_bebop.train.processes import Processes
+
+_WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TrainingError(ValueError):
@@ -59,8 +66,29 @@ class Settings:
             raise TrainingError(f"max_updates is {self.max_updates}; it must be at least 1")
         if not 0 <= self.warmup <= 1:
             raise TrainingError(f"warmup is {self.warmup}; it is a fraction of all updates, 0 to 1")
+        if self.loss == "reverse_kl" and self.policy.filters:
+            raise TrainingError("reverse_kl is infinite where top_k, top_p or min_p leave p = 0: take another loss")
         if self.context < self.num_steps + 2:
             raise TrainingError(f"context is {self.context} tokens; a chain of {self.num_steps} steps needs more")
+
+
+def updates_per_epoch(rows: PackedRows, settings: Settings, processes: Processes) -> int:
+    """Full batches per pass over the data; what is left over at the end of a pass is not trained on.
+
+    Raises:
+        TrainingError: there is less data than one batch, or `batch_rows` does not divide by the processes.
+    """
+    if settings.batch_rows % processes.data_parallel:
+        raise TrainingError(
+            f"batch_rows {settings.batch_rows} does not divide by the {processes.data_parallel} processes "
+            "that share them out"
+        )
+    if len(rows) < settings.batch_rows:
+        raise TrainingError(
+            f"{len(rows)} packed rows of {settings.context} tokens are less than one batch of "
+            f"{settings.batch_rows}: give more data, or a smaller batch_rows or context"
+        )
+    return len(rows) // settings.batch_rows
 
 
 class Trainer:
@@ -73,7 +101,7 @@ class Trainer:
         run: directory for checkpoints and logs.
         save_every: updates between checkpoints.
     Raises:
-        TrainingError: there is less data than one batch, or `batch_rows` does not divide by the processes.
+        TrainingError: see `updates_per_epoch`.
     """
 
     def __init__(
@@ -86,17 +114,7 @@ class Trainer:
         processes: Processes,
         save_every: int = 200,
     ) -> None:
-        if settings.batch_rows % processes.data_parallel:
-            raise TrainingError(
-                f"batch_rows {settings.batch_rows} does not divide by the {processes.data_parallel} processes "
-                "that share them out"
-            )
-        self.updates_per_epoch = len(rows) // settings.batch_rows
-        if self.updates_per_epoch == 0:
-            raise TrainingError(
-                f"{len(rows)} packed rows of {settings.context} tokens are less than one batch of "
-                f"{settings.batch_rows}: give more data, or a smaller batch_rows or context"
-            )
+        self.updates_per_epoch = updates_per_epoch(rows, settings, processes)
         self.updates = self.updates_per_epoch * settings.epochs
         if settings.max_updates is not None:
             self.updates = min(self.updates, settings.max_updates)
@@ -108,7 +126,7 @@ class Trainer:
         self.parameters = [p for p in self.rollout.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 
-    def train(self) -> dict[str, Tensor]:
+    def train(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint in `run` if there is one.
 
         Returns:
@@ -134,7 +152,8 @@ class Trainer:
                 bar.update()
                 if update % self.save_every == 0 or update == self.updates:
                     self._save(update)
-        return {name.removeprefix("head."): tensor for name, tensor in self._state()["head"].items()}
+        head = get_model_state_dict(self.rollout, options=_WHOLE_ON_CPU)
+        return {name.removeprefix("head."): tensor for name, tensor in head.items()}
 
     def hidden_states(self, row: Row) -> tuple[Tensor, Tensor]:
         """What the head is fed and its teacher, [1, context, hidden_size] each; to be overridden by who keeps them."""
@@ -189,22 +208,29 @@ class Trainer:
             "tokens": settings.batch_rows * settings.context,
         }
 
-    def _state(self) -> dict[str, Any]:
-        """Everything that an update changes, whole and on the CPU, on the first process."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        head, optimizer = get_state_dict(self.rollout, self.optimizer, options=options)
-        return {"head": head, "optimizer": optimizer}
-
     def _save(self, update: int) -> None:
-        state = self._state()
+        """Everything that an update changes, whole."""
+        head, optimizer = get_state_dict(self.rollout, self.optimizer, options=_WHOLE_ON_CPU)
         if self.processes.is_first:
-            checkpoint.save(self.run, update, state)
+            checkpoint.save(self.run, update, {"head": head, "optimizer": optimizer})
 
     def _resume(self) -> int:
-        """Load the newest checkpoint and return how many updates it has seen; 0 without one."""
-        found = checkpoint.load_newest(self.run)
-        if found is None:
+        """Load the newest checkpoint; returns how many updates it has seen, 0 without one."""
+        several = self.processes.mesh is not None
+        found = checkpoint.load_newest(self.run) if self.processes.is_first else None
+        newest = [found.update if found else 0]
+        if several:
+            dist.broadcast_object_list(newest)
+        (update,) = newest
+        if update > self.updates:
+            raise TrainingError(f"{self.run} has seen {update} updates, more than the {self.updates} asked for")
+        if update == 0:
             return 0
+        found = found or checkpoint.load_newest(self.run)
+        if found is None or found.update != update:
+            raise TrainingError(
+                f"{self.run} is not the same for all processes: put it on a file system that they share"
+            )
         set_state_dict(
             self.rollout,
             self.optimizer,
@@ -212,7 +238,7 @@ class Trainer:
             optim_state_dict=found.state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
-        return found.update
+        return update
 
 
 def _whole(tensor: Tensor) -> Tensor:

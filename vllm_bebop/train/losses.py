@@ -130,7 +130,7 @@ _LOSSES = {
         _e2e_corrected,
     ),
     "log_prefix": _Loss(
-        "minus log of the prefix survival mean(alpha_1 ... alpha_j) over the batch, averaged over j",
+        "minus log of the prefix survival mean(alpha_1 ... alpha_j) over the rows of a call, averaged over j",
         ("overlap",),
         lambda s, _: -_log(_prefix_products(s["overlap"]).mean(1)).mean(),
     ),

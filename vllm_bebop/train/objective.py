@@ -1,21 +1,12 @@
 """From packed rows and the target's hidden states to the loss: which chains count, and who their teachers are."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vllm_bebop.train.heads import MTPHead
-from vllm_bebop.train.losses import SamplingPolicy, head_loss
+from vllm_bebop.train.losses import HeadLoss, SamplingPolicy, head_loss
 from vllm_bebop.train.rollout import complete_chains, rollout_hidden_states
-
-
-class Objective(NamedTuple):
-    """loss: scalar fp32 with a graph to the head alone; overlap: [num_steps, num_chains] fp32, detached."""
-
-    loss: Tensor
-    overlap: Tensor
 
 
 class Rollout(nn.Module):
@@ -76,7 +67,7 @@ def head_objective(
     policy: SamplingPolicy,
     lm_head: Tensor | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
-) -> Objective:
+) -> HeadLoss:
     """The loss of a head on packed rows, averaged over their chains.
 
     Args:
@@ -92,12 +83,12 @@ def head_objective(
     batch, seq_len = token_ids.shape
     row, slot = chains.nonzero(as_tuple=True)
     if row.numel() == 0:
-        return Objective(drafted.sum() * 0.0, drafted.new_zeros(num_steps, 0, dtype=torch.float32))
+        return HeadLoss(drafted.sum() * 0.0, drafted.new_zeros(num_steps, 0, dtype=torch.float32))
     steps = torch.arange(num_steps, device=token_ids.device)[:, None]
     teacher_index = row * seq_len + slot + 1 + steps
     predicted = _tokens_after(token_ids, documents).flatten()[teacher_index]
     lm_head = rollout.head.lm_head if lm_head is None else lm_head
-    result = head_loss(
+    return head_loss(
         loss,
         drafted[:, row, slot],
         teacher.detach().flatten(0, 1),
@@ -107,7 +98,6 @@ def head_objective(
         policy,
         vocab_group=vocab_group,
     )
-    return Objective(result.loss, result.overlap)
 
 
 def _tokens_after(token_ids: Tensor, documents: Tensor) -> Tensor:

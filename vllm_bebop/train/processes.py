@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the others. Processes of one vocabulary group hold the same rows and a slice of lm_head each."""
+    """This process and the others. Those of one vocabulary group have the same rows; each projects to a slice of it."""
 
     device: torch.device
     mesh: DeviceMesh | None = None  # ("data", "vocabulary"); None: this is the only process
@@ -81,7 +81,8 @@ class Processes:
         """Spread the weights of each module over all processes, on their devices (FSDP2); alone, do nothing."""
         if self.mesh is not None:
             for module in modules:
-                fully_shard(module, mesh=self.mesh._flatten())
+                # Each is a root of its own, and FSDP keeps a root's weights gathered unless told not to.
+                fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True)
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the processes that hold different rows."""

@@ -1,6 +1,9 @@
 """`bebop train`: from a checkpoint and data to a draft directory that vLLM serves.
 
-Everything that can be refused is refused before the target is loaded; the draft appears, whole, when training is done.
+Settings, data and output are checked before the target is loaded; the draft appears, whole, when training is done.
+
+Every process loads the target into host memory before it keeps its part, so the host needs as many copies of it as it
+has processes.
 """
 
 import json
@@ -8,17 +11,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from vllm_bebop.draft import Draft, refuse_misread_path
+from vllm_bebop.draft import Draft, fingerprint, refuse_destination
+from vllm_bebop.tensor_files import CONFIG_FILE, read_json
 from vllm_bebop.train.data import Documents, PackedRows, load_documents
-from vllm_bebop.train.export import export_draft
-from vllm_bebop.train.heads import MTPHead, initial_head, new_head
-from vllm_bebop.train.loop import Settings, Trainer, TrainingError
+from vllm_bebop.train.export import checkpoint_dtype, export_draft
+from vllm_bebop.train.heads import MTPHead, initial_head
+from vllm_bebop.train.loop import Settings, Trainer, TrainingError, updates_per_epoch
 from vllm_bebop.train.processes import Processes
 
 
@@ -41,7 +45,7 @@ def train_draft(
         out: the draft directory to create; `out`.training beside it holds checkpoints and logs.
         start: draft directory to start from; default the checkpoint's own head, else its last decoder layer.
         save_every: updates between checkpoints.
-        vocabulary_parallel: processes that share out lm_head, for vocabularies whose logits fill a GPU.
+        vocabulary_parallel: processes that have the same rows and share out the projection on the vocabulary.
         strict: a bad line of data is an error.
     Returns:
         The draft, on the first process; None on the others.
@@ -49,13 +53,20 @@ def train_draft(
         TrainingError, DataError, DraftError, ValueError: see there; each names what to change.
     """
     model, out = _directory(model), Path(out).absolute()
-    refuse_misread_path(out)
     run = out.with_name(out.name + ".training")
-    asked = {"model": str(model), "data": list(map(str, data)), "start": start and str(start), **asdict(settings)}
-    _refuse_other_run(run, asked)
+    refuse_destination(out)
+    _refuse_dtype(model)
     processes = Processes.from_environment(vocabulary_parallel)
     documents = _read(model, data, settings, strict)
     rows = PackedRows(documents, settings.context, settings.num_steps, settings.seed)
+    updates_per_epoch(rows, settings, processes)
+    asked = {
+        "model": fingerprint(model),
+        "data": documents.fingerprint(),
+        "start": None if start is None else str(start),
+        **asdict(settings),
+    }
+    _refuse_other_run(run, asked)
     target = load_target(model, torch.device("cpu") if processes.mesh is not None else processes.device)
     head = initial_head(start or model, target, dtype=torch.float32)
     if processes.mesh is not None:
@@ -97,7 +108,7 @@ def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: b
     vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     has_tokenizer = any(model.glob("tokenizer*"))
     tokenizer = AutoTokenizer.from_pretrained(model) if has_tokenizer else None
-    return load_documents(data, tokenizer, vocab_size, settings.num_steps, strict)
+    return load_documents(data, tokenizer, vocab_size, settings.num_steps, strict, asdict(settings.policy))
 
 
 def _directory(model: str | Path) -> Path:
@@ -125,8 +136,17 @@ def _record(run: Path, asked: dict[str, object]) -> None:
     os.replace(temporary, run / "settings.json")
 
 
-def _whole_head(target: PreTrainedModel, state: dict[str, Tensor]) -> MTPHead:
-    """A head with these parameters that no process has a part of."""
-    head = new_head(target, dtype=torch.float32).cpu()
+def _whole_head(target: PreTrainedModel, state: dict[str, Any]) -> MTPHead:
+    """A head with these parameters on the CPU: the GPU still holds the trainer's."""
+    embed_tokens, lm_head = (
+        module.get_parameter("weight").detach().cpu()
+        for module in (target.get_input_embeddings(), target.get_output_embeddings())
+    )
+    head = MTPHead(target.config, embed_tokens, lm_head, torch.float32)
     head.load_state_dict(state)
     return head
+
+
+def _refuse_dtype(model: Path) -> None:
+    if checkpoint_dtype(read_json(model / CONFIG_FILE)) is torch.float16:
+        raise TrainingError(f"{model} is in fp16, in which the loss's gradients underflow: convert it to bf16 or fp32")
