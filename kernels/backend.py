@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from vllm_bebop.kernels.candidates import Candidates
 from vllm_bebop.kernels.reference import DraftSample, Verification
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`sample` and `verify` with the signatures of `draft_sampling` and `verification`.
+    """`sample`, `verify`, `find_candidates`, with the signatures that Triton's have.
 
     The workspaces are made by `sampling_workspace(max_batch, vocab_size, device)` and
     `verification_workspace(max_batch, max_drafts, vocab_size, device)`; None where the backend needs none.
@@ -20,6 +21,7 @@ class Backend:
     name: str
     sample: Callable[..., DraftSample]
     verify: Callable[..., Verification]
+    find_candidates: Callable[..., Candidates]
     sampling_workspace: Callable[..., Any]
     verification_workspace: Callable[..., Any]
 
@@ -30,21 +32,22 @@ def pick(device: torch.device) -> Backend:
 
 
 def fused() -> Backend:
+    from vllm_bebop.kernels.candidate_kernel import find_candidates
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
     from vllm_bebop.kernels.launch import is_interpreted
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     name = "Triton kernels, interpreted" if is_interpreted() else "Triton kernels"
-    return Backend(name, sample, verify, SamplingWorkspace, VerificationWorkspace)
+    return Backend(name, sample, verify, find_candidates, SamplingWorkspace, VerificationWorkspace)
 
 
 def plain() -> Backend:
-    from vllm_bebop.kernels.fallback import sample, verify
+    from vllm_bebop.kernels.fallback import find_candidates, sample, verify
 
     def none(*_: object, **__: object) -> None:
         return None
 
-    return Backend("reference in plain torch", sample, verify, none, none)
+    return Backend("reference in plain torch", sample, verify, find_candidates, none, none)
 
 
 def _runs_triton(device: torch.device) -> bool:

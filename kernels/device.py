@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_bebop.kernels import reference
 
-NUM_STATISTICS = 4  # planes of the statistics: logsumexp, entropy, number of NaN, maximum
+NUM_STATISTICS = 4  # planes of the statistics: logsumexp, entropy, number of NaN, largest logit before temperature
 
 NEG_INF = tl.constexpr(float("-inf"))
 MAX_SCORE = tl.constexpr(reference.MAX_SCORE)
@@ -47,14 +47,6 @@ def add_gumbel(scores, seed, position, stream, index, attempt, is_greedy):
 
 
 @triton.jit
-def load_sub_block(rows, mask, inverse_temperature, block, vocab_size, SUB_BLOCK: tl.constexpr):
-    """Scores and ids [R, SUB_BLOCK] of sub-block `block` [R] of each row; -inf where masked or past the vocabulary."""
-    ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
-    logits = tl.load(rows[:, None] + ids, mask=mask[:, None] & (ids < vocab_size), other=NEG_INF)
-    return to_scores(logits, inverse_temperature[:, None]), ids
-
-
-@triton.jit
 def is_allowed(bitmask_rows, ids, mask):
     """Whether bit id % 32 of word id // 32 is set; pointers to int32 words and ids broadcast. False where masked."""
     words = tl.load(bitmask_rows + (ids >> 5), mask=mask, other=0)
@@ -62,16 +54,15 @@ def is_allowed(bitmask_rows, ids, mask):
 
 
 @triton.jit
-def summarize(scores, axis: tl.constexpr):
-    """Largest score, log sum exp(score - largest), entropy in nats along `axis`; -inf, 0 and 0 where all are -inf."""
-    largest = tl.max(scores, axis=axis)
+def summarize(scores, largest, axis: tl.constexpr):
+    """log sum exp(score - largest) and entropy in nats along `axis`; 0 and 0 where all are -inf."""
     below = scores - tl.expand_dims(finite(largest), axis)
     weight = tl.exp(below)
     # A sub-block that is not empty has a sum of at least 1, so the clamp only keeps the logarithm of an empty one at 0.
     total = tl.maximum(tl.sum(weight, axis=axis), 1.0)
     log_total = tl.log(total)
     mean_below = tl.sum(weight * tl.maximum(below, -1e4), axis=axis) / total  # weight 0 times -inf would be NaN
-    return largest, log_total, log_total - mean_below
+    return log_total, log_total - mean_below
 
 
 @triton.jit
@@ -104,15 +95,20 @@ def summarize_tile(
     values = logits.to(tl.float32)
     if bitmask_ptr is not None:
         values = tl.where(is_allowed(bitmask_ptr + bitmask_row[:, None, None], ids, in_row), values, NEG_INF)
+    is_nan = (values != values).to(tl.int32)
+    values = to_scores(values, 1.0)
+    largest_logit = tl.max(values, axis=2)
+    largest = to_scores(largest_logit, inverse_temperature[:, None])
     scores = to_scores(values, inverse_temperature[:, None, None])
-    largest, log_total, entropy = summarize(scores, 2)
+    num_nan = tl.sum(is_nan, axis=2)
+    log_total, entropy = summarize(scores, largest, 2)
 
     mask = is_stored[:, None] & (blocks < num_blocks)
     out = statistics[:, None] + blocks
     tl.store(out, tl.where(is_greedy[:, None], largest, largest + log_total), mask=mask)
     tl.store(out + plane, entropy, mask=mask)
-    tl.store(out + 2 * plane, tl.sum((values != values).to(tl.float32), axis=2), mask=mask)
-    tl.store(out + 3 * plane, largest, mask=mask)
+    tl.store(out + 2 * plane, num_nan.to(tl.float32), mask=mask)
+    tl.store(out + 3 * plane, largest_logit, mask=mask)
     return logits, ids
 
 

@@ -1,4 +1,8 @@
-"""The draft sampler's one launch: tiles are reduced to sub-block statistics, the last tile of a row draws its token."""
+"""The draft sampler: tiles are reduced to sub-block statistics, and the last tile of a row draws its token.
+
+Rows with top-k, top-p or min-p are drawn once more by a second launch, one program a row, which returns at once for all
+others: the search for a threshold needs registers that the pass over the logits does better without.
+"""
 
 import triton
 import triton.language as tl
@@ -9,13 +13,13 @@ from vllm_bebop.kernels.device import (
     add_gumbel,
     finite,
     load_statistics,
-    load_sub_block,
     merge_entropy,
     merge_logsumexp,
     pick,
     summarize_tile,
     take_ticket,
 )
+from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept_block
 
 
 @triton.jit(do_not_specialize=["num_cached", "batch"])
@@ -25,7 +29,11 @@ def sample_kernel(
     temperature_ptr,
     seeds_ptr,
     positions_ptr,
+    rounds_ptr,
     slots_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
     cache_ptr,
     cache_slot_stride,
     cache_step_stride,
@@ -33,6 +41,8 @@ def sample_kernel(
     cache_logsumexp_stride,
     cache_argmax_ptr,
     cache_argmax_stride,
+    cache_threshold_ptr,
+    cache_threshold_stride,
     step_ptr,
     num_cached,
     statistics_ptr,
@@ -43,11 +53,13 @@ def sample_kernel(
     logsumexp_ptr,
     log_prob_ptr,
     entropy_ptr,
+    threshold_ptr,
     num_nan_ptr,
     is_empty_ptr,
     batch,
     vocab_size,
     num_blocks,
+    FILTERED: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr,
@@ -55,7 +67,7 @@ def sample_kernel(
     BLOCK_STREAM: tl.constexpr,
     TOKEN_STREAM: tl.constexpr,
 ):
-    """Grid (tiles, groups of REQUESTS requests)."""
+    """Grid (tiles, groups of REQUESTS requests); one tile with FILTERED, which is the second launch."""
     tile = tl.program_id(0)
     group = tl.program_id(1)
     request = group * REQUESTS + tl.arange(0, REQUESTS)
@@ -75,43 +87,67 @@ def sample_kernel(
     if step_ptr is not None:
         step = tl.load(step_ptr)
 
-    logits, ids = summarize_tile(
-        row, None, None, is_read, in_batch, inverse_temperature, is_greedy, tile, statistics, plane, num_blocks,
-        vocab_size, SUB_BLOCK, TILE,
-    )  # fmt: skip
-    if cache_ptr is not None:
-        cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
-        tl.store(cached[:, None, None] + ids, logits, mask=is_cached[:, None, None] & (ids < vocab_size))
+    is_drawn = in_batch
+    if FILTERED:
+        top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_read)
+        is_drawn = is_read & ~is_greedy & (((top_k > 0) & (top_k < vocab_size)) | (top_p < 1) | (min_p > 0))
+        is_last = tl.max(is_drawn.to(tl.int32), axis=0) > 0
+    else:
+        logits, ids = summarize_tile(
+            row, None, None, is_read, in_batch, inverse_temperature, is_greedy, tile, statistics, plane, num_blocks,
+            vocab_size, SUB_BLOCK, TILE,
+        )  # fmt: skip
+        if cache_ptr is not None:
+            cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
+            tl.store(cached[:, None, None] + ids, logits, mask=is_cached[:, None, None] & (ids < vocab_size))
+        is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
 
-    if take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0:
+    if is_last:
         seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
         position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32)
+        attempt = 0
+        if rounds_ptr is not None:
+            attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
         block_logsumexp = load_statistics(statistics, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
         block_entropy = load_statistics(statistics + plane, in_batch, num_blocks, PADDED_BLOCKS, 0.0)
         num_nan = tl.sum(load_statistics(statistics + 2 * plane, in_batch, num_blocks, PADDED_BLOCKS, 0.0), axis=1)
+        largest = load_statistics(statistics + 3 * plane, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
+        threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+        if FILTERED:
+            threshold, block_logsumexp, block_entropy = find_threshold(
+                row, is_drawn, inverse_temperature, None, None, top_k, top_p, min_p, largest, block_logsumexp,
+                block_entropy, vocab_size, SUB_BLOCK,
+            )  # fmt: skip
         logsumexp = merge_logsumexp(block_logsumexp, is_greedy)
         entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp, is_greedy)
 
         blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
-        noisy = add_gumbel(block_logsumexp, seed, position, BLOCK_STREAM, blocks, 0, is_greedy)
+        noisy = add_gumbel(block_logsumexp, seed, position, BLOCK_STREAM, blocks, attempt, is_greedy)
         block = tl.argmax(noisy, axis=1)
-        scores, token_ids = load_sub_block(row, is_read, inverse_temperature, block, vocab_size, SUB_BLOCK)
-        inside = tl.argmax(add_gumbel(scores, seed, position, TOKEN_STREAM, token_ids, 0, is_greedy), axis=1)
+        scores, token_ids = load_kept_block(
+            row, block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
+        )
+        inside = tl.argmax(add_gumbel(scores, seed, position, TOKEN_STREAM, token_ids, attempt, is_greedy), axis=1)
         log_prob = pick(scores, inside) - finite(logsumexp)
 
-        largest = load_statistics(statistics + 3 * plane, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
         top_block = tl.argmax(largest, axis=1)
-        scores, _ = load_sub_block(row, is_read, inverse_temperature, top_block, vocab_size, SUB_BLOCK)
+        scores, _ = load_kept_block(
+            row, top_block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
+        )
         argmax_id = (top_block * SUB_BLOCK + tl.argmax(scores, axis=1)).to(tl.int64)
 
-        tl.store(token_ids_ptr + request, (block * SUB_BLOCK + inside).to(tl.int64), mask=in_batch)
-        tl.store(argmax_ids_ptr + request, argmax_id, mask=in_batch)
-        tl.store(logsumexp_ptr + request, logsumexp, mask=in_batch)
-        tl.store(log_prob_ptr + request, log_prob, mask=in_batch)
-        tl.store(entropy_ptr + request, entropy, mask=in_batch)
-        tl.store(num_nan_ptr + request, num_nan.to(tl.int64), mask=in_batch)
-        tl.store(is_empty_ptr + request, logsumexp == NEG_INF, mask=in_batch)
+        tl.store(token_ids_ptr + request, (block * SUB_BLOCK + inside).to(tl.int64), mask=is_drawn)
+        tl.store(argmax_ids_ptr + request, argmax_id, mask=is_drawn)
+        tl.store(logsumexp_ptr + request, logsumexp, mask=is_drawn)
+        tl.store(log_prob_ptr + request, log_prob, mask=is_drawn)
+        tl.store(entropy_ptr + request, entropy, mask=is_drawn)
+        tl.store(threshold_ptr + request, threshold, mask=is_drawn)
+        tl.store(num_nan_ptr + request, num_nan.to(tl.int64), mask=is_drawn)
+        tl.store(is_empty_ptr + request, logsumexp == NEG_INF, mask=is_drawn)
+        is_kept = is_drawn & is_cached
         if cache_logsumexp_ptr is not None:
-            tl.store(cache_logsumexp_ptr + slot * cache_logsumexp_stride + step, logsumexp, mask=is_cached)
+            tl.store(cache_logsumexp_ptr + slot * cache_logsumexp_stride + step, logsumexp, mask=is_kept)
         if cache_argmax_ptr is not None:
-            tl.store(cache_argmax_ptr + slot * cache_argmax_stride + step, argmax_id, mask=is_cached)
+            tl.store(cache_argmax_ptr + slot * cache_argmax_stride + step, argmax_id, mask=is_kept)
+        if cache_threshold_ptr is not None:
+            tl.store(cache_threshold_ptr + slot * cache_threshold_stride + step, threshold, mask=is_kept)

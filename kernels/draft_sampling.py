@@ -1,4 +1,4 @@
-"""Drawing one token per request from raw logits in one launch: the draft step, and target tokens without a draft.
+"""Drawing one token per request from raw logits in one pass: the draft step, and target tokens without a draft.
 
 Every logit is read once. A program reduces a tile of 16 sub-blocks of 512 logits to a few numbers each; the last tile
 of a request to arrive merges them and draws the sub-block, then the token inside it, for which it reads that one
@@ -8,6 +8,8 @@ sub-block again. Scheme, random streams and counters are those of `reference.sam
 
 with L_j as in `device`. The partition is fixed, never tuned by batch size: a request's token does not depend on its
 neighbours. Finding the last tile takes one atomic ticket per tile; nothing spins.
+
+With filters a second launch draws the rows that have one again, from what their threshold leaves: see `filtering`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor
 from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_requests, check_rows, check_tensor
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
+from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import TILE, partition, requests_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
@@ -44,7 +47,9 @@ class SamplingWorkspace:
         self.statistics = torch.empty(NUM_STATISTICS, max_batch, num_blocks, dtype=torch.float32, device=device)
         self.tickets = torch.zeros(max_batch, dtype=torch.int32, device=device)  # each launch leaves zeros behind
         self.token_ids, self.argmax_ids, self.num_nan = torch.empty(3, max_batch, dtype=torch.int64, device=device)
-        self.logsumexp, self.log_prob, self.entropy = torch.empty(3, max_batch, dtype=torch.float32, device=device)
+        self.logsumexp, self.log_prob, self.entropy, self.threshold = torch.empty(
+            4, max_batch, dtype=torch.float32, device=device
+        )
         self.is_empty = torch.empty(max_batch, dtype=torch.bool, device=device)
 
     def outputs(self, batch: int) -> FusedDraftSample:
@@ -53,6 +58,7 @@ class SamplingWorkspace:
             logsumexp=self.logsumexp[:batch],
             log_prob=self.log_prob[:batch],
             entropy_nats=self.entropy[:batch],
+            threshold=self.threshold[:batch],
             num_nan=self.num_nan[:batch],
             is_empty=self.is_empty[:batch],
             argmax_ids=self.argmax_ids[:batch],
@@ -66,14 +72,17 @@ def sample(
     positions: Tensor,
     *,
     slots: Tensor | None = None,
+    rounds: Tensor | None = None,
     streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
+    filters: Filters = NO_FILTERS,
     cache: Tensor | None = None,
     cache_logsumexp: Tensor | None = None,
     cache_argmax: Tensor | None = None,
+    cache_threshold: Tensor | None = None,
     step: Tensor | None = None,
     workspace: SamplingWorkspace | None = None,
 ) -> FusedDraftSample:
-    """Draws one token per row from softmax(logits / temperature), in one launch and one pass (arXiv:2606.12370, G).
+    """Draws one token per row from softmax(logits / temperature), in one pass (arXiv:2606.12370, G).
 
     Args:
         logits: [B, V] bf16, fp16 or fp32, before temperature; unit stride inside a row, any stride between rows.
@@ -82,12 +91,16 @@ def sample(
         positions: [B] int32 or int64, absolute position of the token being drawn.
         slots: [B] int32 or int64, where each row finds its temperature, its seed and its place in the caches. -1 marks
             a padding row of a captured batch: its logits are not read, its token is 0, its caches stay untouched.
+        rounds: [B] int32 or int64, position of the first draft of each token's round, where drafts are verified as a
+            block: see `block_reference`.
         streams: random streams for the sub-block and for the token.
+        filters: top-k, top-p and min-p of each request, or by slot.
         cache: [num_slots, max_drafts, V], dtype of `logits`: row [slot, step] receives a copy of the logits. Not needed
             where the logits already are a view of it.
-        cache_logsumexp, cache_argmax: [num_slots, max_drafts] fp32 and int64: [slot, step] receives the row's logsumexp
-            (of logits / T) and argmax, for `verification.verify`. Without slots the caches are indexed by row; with
-            slots they may have more rows, or fewer: a slot past the caches is drafted greedily and stored nowhere.
+        cache_logsumexp, cache_argmax, cache_threshold: [num_slots, max_drafts] fp32, int64 and fp32: [slot, step]
+            receives the row's logsumexp (of what is kept of logits / T), argmax and threshold, for `verify`. Without
+            slots the caches are indexed by row; with slots they may have more rows, or fewer: a slot past the caches is
+            drafted greedily and stored nowhere.
         step: scalar integer tensor on the device, required with any cache.
         workspace: scratch and outputs to reuse; without it they are allocated.
     Returns:
@@ -100,11 +113,14 @@ def sample(
     check_rows("logits", logits, (None, None), logits.device)
     (batch, vocab_size), device = logits.shape, logits.device
     num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
+    if rounds is not None:
+        check_integers("rounds", rounds, (batch,), device)
     num_cached = num_slots
     for name, tensor, shape, dtype in (
         ("cache", cache, (None, None, vocab_size), logits.dtype),
         ("cache_logsumexp", cache_logsumexp, (None, None), torch.float32),
         ("cache_argmax", cache_argmax, (None, None), torch.int64),
+        ("cache_threshold", cache_threshold, (None, None), torch.float32),
     ):
         if tensor is None:
             continue
@@ -114,6 +130,7 @@ def sample(
             raise ValueError(f"step is needed to write {name}")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} is not contiguous in its last dimension")
+    filters.check(num_slots, device)
     if step is not None:
         check_integers("step", step, (), device)
     if workspace is None:
@@ -128,40 +145,55 @@ def sample(
     tile = min(TILE, triton.next_power_of_2(num_blocks))
     per_program = requests_per_program(batch, tile * sub_block)
     cache_strides = (0, 0) if cache is None else cache.stride()[:2]
-    sample_kernel[(triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program))](
-        logits,
-        logits.stride(0),
-        temperature,
-        seeds,
-        positions,
-        slots,
-        cache,
-        *cache_strides,
-        cache_logsumexp,
-        0 if cache_logsumexp is None else cache_logsumexp.stride(0),
-        cache_argmax,
-        0 if cache_argmax is None else cache_argmax.stride(0),
-        step,
-        num_cached,
-        workspace.statistics,
-        workspace.statistics.stride(0),
-        workspace.tickets,
-        out.token_ids,
-        out.argmax_ids,
-        out.logsumexp,
-        out.log_prob,
-        out.entropy_nats,
-        out.num_nan,
-        out.is_empty,
-        batch,
-        vocab_size,
-        num_blocks,
-        SUB_BLOCK=sub_block,
-        TILE=tile,
-        PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
-        REQUESTS=per_program,
-        BLOCK_STREAM=int(streams[0]),
-        TOKEN_STREAM=int(streams[1]),
-        num_warps=8,
-    )
+    tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
+
+    def launch(num_tiles: int, *, filtered: bool) -> None:
+        sample_kernel[(num_tiles, groups)](
+            logits,
+            logits.stride(0),
+            temperature,
+            seeds,
+            positions,
+            rounds,
+            slots,
+            filters.top_k,
+            filters.top_p,
+            filters.min_p,
+            cache,
+            *cache_strides,
+            cache_logsumexp,
+            0 if cache_logsumexp is None else cache_logsumexp.stride(0),
+            cache_argmax,
+            0 if cache_argmax is None else cache_argmax.stride(0),
+            cache_threshold,
+            0 if cache_threshold is None else cache_threshold.stride(0),
+            step,
+            num_cached,
+            workspace.statistics,
+            workspace.statistics.stride(0),
+            workspace.tickets,
+            out.token_ids,
+            out.argmax_ids,
+            out.logsumexp,
+            out.log_prob,
+            out.entropy_nats,
+            out.threshold,
+            out.num_nan,
+            out.is_empty,
+            batch,
+            vocab_size,
+            num_blocks,
+            FILTERED=filtered,
+            SUB_BLOCK=sub_block,
+            TILE=tile,
+            PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
+            REQUESTS=per_program,
+            BLOCK_STREAM=int(streams[0]),
+            TOKEN_STREAM=int(streams[1]),
+            num_warps=4 if filtered else 8,
+        )
+
+    launch(tiles, filtered=False)
+    if filters.are_asked_for:
+        launch(1, filtered=True)
     return out

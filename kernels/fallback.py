@@ -9,8 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_bebop.kernels.block_reference import verify_block_reference
+from vllm_bebop.kernels.candidates import Candidates, expand_candidates, find_candidates_reference
+from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample, Verification, sample_reference, verify_reference
+
+
+def find_candidates(
+    logits: Tensor, *, slots: Tensor, cache_ids: Tensor, step: Tensor, out: Candidates | None = None
+) -> Candidates:
+    """As `candidate_kernel.find_candidates`; `out` is not written to."""
+    found = find_candidates_reference(logits)
+    is_cached = (slots >= 0) & (slots < cache_ids.shape[0])
+    cache_ids[slots[is_cached].long(), step] = found.ids[is_cached]
+    return found
 
 
 def sample(
@@ -20,8 +33,11 @@ def sample(
     positions: Tensor,
     *,
     slots: Tensor,
+    rounds: Tensor | None = None,
     streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
+    filters: Filters = NO_FILTERS,
     cache: Tensor | None = None,
+    cache_threshold: Tensor | None = None,
     step: Tensor | None = None,
     **_fused_only: Any,
 ) -> DraftSample:
@@ -29,11 +45,22 @@ def sample(
     is_real = slots >= 0
     index = slots.long().clamp(min=0)
     temperature = temperature[index]
+    is_cached = is_real
     if cache is not None:
         is_cached = is_real & (index < cache.shape[0])
         cache[index[is_cached], step] = logits[is_cached]
         temperature = temperature.where(is_cached, 0.0)
-    out = sample_reference(logits, temperature, seeds[index], positions.long(), streams=streams)
+    out = sample_reference(
+        logits,
+        temperature,
+        seeds[index],
+        positions.long(),
+        rounds=None if rounds is None else rounds.long(),
+        streams=streams,
+        filters=filters.of(index),
+    )
+    if cache_threshold is not None:
+        cache_threshold[index[is_cached], step] = out.threshold[is_cached]
     return replace(out, token_ids=out.token_ids.where(is_real, 0))
 
 
@@ -49,7 +76,10 @@ def verify(
     slots: Tensor,
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
-    min_p: Tensor | None = None,
+    filters: Filters = NO_FILTERS,
+    draft_threshold: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+    block: bool = False,
     **_fused_only: Any,
 ) -> Verification:
     """As `verification.verify` with slots, none of them padding, and consecutive target rows."""
@@ -57,8 +87,12 @@ def verify(
     one_hot = None
     if draft_logits is not None:
         one_hot = index >= draft_logits.shape[0]
-        draft_logits = draft_logits[index.where(~one_hot, 0)]
-    return verify_reference(
+        row = index.where(~one_hot, 0)
+        draft_logits = draft_logits[row]
+        if draft_ids is not None:
+            draft_logits = expand_candidates(draft_ids[row], draft_logits, target_logits.shape[1])
+        draft_threshold = None if draft_threshold is None else draft_threshold[row]
+    return (verify_block_reference if block else verify_reference)(
         target_logits,
         draft_token_ids.long(),
         draft_logits,
@@ -69,5 +103,6 @@ def verify(
         one_hot=one_hot,
         target_is_processed=target_is_processed,
         bitmask=bitmask,
-        min_p=None if min_p is None else min_p[index],
+        filters=filters.of(index),
+        draft_threshold=draft_threshold,
     )

@@ -9,7 +9,8 @@ tokens therefore do not depend on its neighbours in the batch, and the fused ker
     uniform = ((word0 >> 9) + 0.5) * 2**-23               (exact in fp32; from 2**-24 to 1 - 2**-24)
     gumbel  = -log(-log(uniform))                         (always finite; from -2.8 to 16.6)
 
-`position` is the absolute position of the token being decided. `attempt` counts thinning rounds and is 0 elsewhere.
+`position` is the absolute position of the token being decided. `attempt` counts thinning rounds. Under block
+verification it is the round's first position where a draft is drawn or accepted (see `block_reference`); 0 elsewhere.
 """
 
 from enum import IntEnum
@@ -79,7 +80,7 @@ def uniform(
         seed, position: int64, broadcastable.
         stream: what the number is for.
         index: which number of the stream (sub-block or vocabulary id); broadcasts with `seed`.
-        attempt: thinning round.
+        attempt: thinning round, or the round of block verification; broadcasts with `seed`.
     Returns:
         fp32 tensor of the broadcast shape: odd multiples of 2**-24, a step of 2**-23 apart. Each operation is exact in
         fp32, so any IEEE device gives the same bits.

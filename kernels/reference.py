@@ -20,6 +20,7 @@ A point mass is a row like any other, with one finite score: T < GREEDY_TEMPERAT
 one-hot draft (greedy or n-gram) puts all of q on y, which turns 1 and 2 into target-only acceptance (Eq. 1).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_bebop.kernels.arguments import check_logits, check_tensor
+from vllm_bebop.kernels.filters import NO_FILTERS, Filters, find_threshold
 from vllm_bebop.kernels.philox import Stream, gumbel, uniform
 
 SUB_BLOCK = 512
@@ -44,6 +46,7 @@ class DraftSample:
     logsumexp: Tensor  # [B], of logits / T in nats; the largest logit for a greedy request
     log_prob: Tensor  # [B], log q(token) in nats; 0 for a greedy request
     entropy_nats: Tensor  # [B]; 0 for a greedy request
+    threshold: Tensor  # [B], the lowest logit that the filters keep; -inf where they keep all
     num_nan: Tensor  # [B] int64, NaN logits, which were read as -inf
     is_empty: Tensor  # [B] bool, no logit above -inf: token 0 with log_prob -inf
 
@@ -61,27 +64,51 @@ class Verification:
     num_empty_rows: Tensor  # [B] int64, target rows without a logit above -inf: they reject, and give token 0
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """The drafts of a verification step and their laws: log-probabilities in nats, in the compute dtype."""
+
+    target: "_Rows"  # of target_logits
+    row: Tensor  # [B, max_drafts + 1] int64, each step's target row; the request's first one past num_draft_tokens
+    log_p: Tensor  # [B, max_drafts, V]
+    log_q: Tensor  # [B, max_drafts, V]
+    log_p_token: Tensor  # [B, max_drafts], log p(y)
+    log_q_token: Tensor  # [B, max_drafts], log q(y)
+    is_drawn: Tensor  # [B, max_drafts] bool, whether y is a token that q can have given
+    seeds: Tensor  # [B] int64
+    positions: Tensor  # [B] int64, absolute position of the token that row 0 decides
+
+
+# Which drafts are accepted: the number of them, and the token after them, [B] int64 each.
+Rule = Callable[[Proposal], tuple[Tensor, Tensor]]
+
+
 def sample_reference(
     logits: Tensor,
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
     *,
+    rounds: Tensor | None = None,
     streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
+    filters: Filters = NO_FILTERS,
     dtype: torch.dtype = torch.float32,
 ) -> DraftSample:
-    """Draws one token per row from softmax(logits / temperature).
+    """Draws one token per row from softmax(logits / temperature), or from what the filters leave of it.
 
     Args:
         logits: [B, V], any float dtype, before temperature. NaN reads as -inf, +inf as 1e30.
         temperature: [B] fp32. Below 1e-5 is greedy: argmax, the lowest id on ties.
         seeds: [B] int64, one per request.
         positions: [B] int64, absolute position of the token being drawn.
+        rounds: [B] int64, position of the first draft of each token's round, where drafts are verified as a block: see
+            `block_reference`.
         streams: random streams for the sub-block and for the token. Use the TARGET streams for a token that the target
             draws without any draft.
+        filters: top-k, top-p and min-p of each request.
         dtype: compute dtype, fp32 or fp64.
     Returns:
-        DraftSample. The logits remain the only record of q that verification needs.
+        DraftSample. The logits and the threshold are all that verification needs to know of q.
     Raises:
         ValueError: a shape, dtype or device is wrong; the message names the argument.
     Memory: about four [B, V] temporaries of `dtype`.
@@ -89,19 +116,44 @@ def sample_reference(
     check_logits("logits", logits, (None, None), logits.device)
     batch = logits.shape[0]
     _check_requests(batch, logits.device, temperature, seeds, positions)
+    if rounds is not None:
+        check_tensor("rounds", rounds, (batch,), torch.int64, logits.device)
     _check_compute_dtype(dtype)
 
-    scores, num_nan = _scores(logits, temperature, dtype)
+    filters.check(batch, logits.device)
+    scores, num_nan, threshold = _scores(logits, temperature, dtype, filters=filters)
     rows = _Rows.from_scores(scores)
-    token_ids = rows.draw(seeds, positions, streams)
+    token_ids = rows.draw(seeds, positions, streams, 0 if rounds is None else rounds[:, None])
     return DraftSample(
         token_ids=token_ids,
         logsumexp=rows.logsumexp,
         log_prob=rows.log_prob(token_ids),
         entropy_nats=_entropy_nats(rows.log_probs()),
+        threshold=threshold,
         num_nan=num_nan,
         is_empty=rows.logsumexp == NEG_INF,
     )
+
+
+def accept_one_by_one(proposal: Proposal) -> tuple[Tensor, Tensor]:
+    """The rule of Eq. 1 and 2."""
+    target, row, log_q_token, is_drawn = proposal.target, proposal.row, proposal.log_q_token, proposal.is_drawn
+    seeds, positions, step = proposal.seeds, proposal.positions, torch.arange(row.shape[1], device=row.device)
+
+    # 1. Accept up to the first rejection.
+    u = uniform(seeds[:, None], positions[:, None] + step[:-1], Stream.ACCEPT).to(log_q_token.dtype)
+    accepts = is_drawn & _is_below_ratio(u, proposal.log_p_token, log_q_token)
+    num_accepted = accepts.long().cumprod(dim=1).sum(dim=1)
+
+    # 2. and 3. One more token: from p for a bonus, or where there was no draft token; otherwise from the residual.
+    last_row = row.gather(1, num_accepted[:, None]).squeeze(1)
+    last_position = positions + num_accepted
+    last_token = target.at(last_row).draw(seeds, last_position, (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN))
+    request, rejected_step = (is_drawn & (step[:-1] == num_accepted[:, None])).nonzero(as_tuple=True)
+    last_token[request] = _sample_residual(
+        target.at(last_row[request]), proposal.log_q[request, rejected_step], seeds[request], last_position[request]
+    )
+    return num_accepted, last_token
 
 
 def verify_reference(
@@ -116,8 +168,10 @@ def verify_reference(
     one_hot: Tensor | None = None,
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
-    min_p: Tensor | None = None,
+    filters: Filters = NO_FILTERS,
+    draft_threshold: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    rule: Rule = accept_one_by_one,
 ) -> Verification:
     """Accepts or rejects draft tokens so that the output follows the target exactly (Eq. 1 and 2).
 
@@ -136,8 +190,11 @@ def verify_reference(
         target_is_processed: the target rows already carry temperature and masks (-inf). Temperature then applies to
             the draft rows only, and below 1e-5 still means argmax.
         bitmask: [rows of target_logits, ceil(V / 32)] int32: token v is allowed if bit v % 32 of word v // 32 is set.
-        min_p: [B] fp32. Tokens with p(v) < min_p * max p are left out of p; 0 leaves out none.
+        filters: top-k, top-p and min-p of each request, applied to p (after the bitmask).
+        draft_threshold: [B, max_drafts] float: the lowest of each row's draft_logits that counts, as returned by
+            `sample_reference`; -inf or None where all do.
         dtype: compute dtype, fp32 or fp64.
+        rule: `accept_one_by_one`, or `block_reference.accept_block`.
     Returns:
         Verification.
     Raises:
@@ -157,8 +214,9 @@ def verify_reference(
     if bitmask is not None:
         check_tensor("bitmask", bitmask, (target_logits.shape[0], (vocab_size + 31) // 32), torch.int32, device)
         target_logits = target_logits.masked_fill(~_unpack(bitmask, vocab_size), NEG_INF)
-    if min_p is not None:
-        check_tensor("min_p", min_p, (batch,), torch.float32, device)
+    filters.check(batch, device)
+    if draft_threshold is not None:
+        check_tensor("draft_threshold", draft_threshold, (batch, max_drafts), None, device)
     _check_compute_dtype(dtype)
     if ((num_draft_tokens < 0) | (num_draft_tokens > max_drafts)).any():
         raise ValueError(f"num_draft_tokens must lie in 0 .. {max_drafts}, the width of draft_token_ids")
@@ -175,10 +233,13 @@ def verify_reference(
     row = first_row[:, None] + torch.where(has_row, step, 0)  # a row past the last stands for row 0 and is masked
 
     request_of_row = torch.arange(batch, device=device).repeat_interleave(num_rows)
-    scores, num_nan = _scores(target_logits, temperature[request_of_row], dtype, divide=not target_is_processed)
-    if min_p is not None:
-        threshold = scores.amax(dim=1) + min_p.to(dtype).log()[request_of_row]
-        scores = scores.masked_fill(scores < threshold[:, None], NEG_INF)
+    scores, num_nan, _ = _scores(
+        target_logits,
+        temperature[request_of_row],
+        dtype,
+        divide=not target_is_processed,
+        filters=filters.of(request_of_row),
+    )
     target = _Rows.from_scores(scores)
     log_p = target.log_probs()
 
@@ -186,32 +247,20 @@ def verify_reference(
     point_mass = temperature < GREEDY_TEMPERATURE
     if one_hot is not None:
         point_mass = point_mass | one_hot
-    log_q = _draft_log_probs(draft_token_ids, draft_logits, temperature, point_mass, vocab_size, dtype)
+    log_q = _draft_log_probs(draft_token_ids, draft_logits, draft_threshold, temperature, point_mass, vocab_size, dtype)
 
-    # 1. Accept up to the first rejection.
     is_token = (draft_token_ids >= 0) & (draft_token_ids < vocab_size)
     token = torch.where(is_token, draft_token_ids, 0)
-    log_p_token = log_p[row[:, :-1], token]
-    log_q_token = log_q.gather(2, token[:, :, None]).squeeze(2)
-    is_drawn_from_q = has_draft_row & is_token & (log_q_token > NEG_INF)
-    u = uniform(seeds[:, None], positions[:, None] + step[:-1], Stream.ACCEPT).to(dtype)
-    accepts = is_drawn_from_q & _is_below_ratio(u, log_p_token, log_q_token)
-    num_accepted = accepts.long().cumprod(dim=1).sum(dim=1)
-
-    # 2. and 3. One more token: from p for a bonus, or where there was no draft token; otherwise from the residual.
-    last_row = first_row + num_accepted
-    last_position = positions + num_accepted
-    last_token = target.at(last_row).draw(seeds, last_position, (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN))
-    request, rejected_step = (is_drawn_from_q & (step[:-1] == num_accepted[:, None])).nonzero(as_tuple=True)
-    last_token[request] = _sample_residual(
-        target.at(last_row[request]), log_q[request, rejected_step], seeds[request], last_position[request]
-    )
+    log_p_draft = log_p[row[:, :-1]]  # [B, max_drafts, V]
+    log_p_token, log_q_token = (each.gather(2, token[:, :, None]).squeeze(2) for each in (log_p_draft, log_q))
+    is_drawn = has_draft_row & is_token & (log_q_token > NEG_INF)
+    proposal = Proposal(target, row, log_p_draft, log_q, log_p_token, log_q_token, is_drawn, seeds, positions)
+    num_accepted, last_token = rule(proposal)
 
     token_ids = F.pad(draft_token_ids, (0, 1)).where(step < num_accepted[:, None], -1)
     token_ids.scatter_(1, num_accepted[:, None], last_token[:, None])
 
     nan = torch.full((), float("nan"), dtype=dtype, device=device)
-    log_p_draft = log_p[row[:, :-1]]  # [B, max_drafts, V]
     has_q = has_draft_row & (log_q > NEG_INF).any(dim=2)
     argmax_q = log_q.argmax(dim=2, keepdim=True)
     per_request = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -245,7 +294,9 @@ class _Rows:
     def at(self, index: Tensor) -> "_Rows":
         return _Rows(self.scores[index], self.block_logsumexp[index], self.logsumexp[index], self.vocab_size)
 
-    def draw(self, seeds: Tensor, positions: Tensor, streams: tuple[Stream, Stream], attempt: int = 0) -> Tensor:
+    def draw(
+        self, seeds: Tensor, positions: Tensor, streams: tuple[Stream, Stream], attempt: Tensor | int = 0
+    ) -> Tensor:
         """[N] int64: one token of each row; token 0 of an empty row."""
         return _draw(self.scores, self.block_logsumexp, seeds, positions, streams, attempt)
 
@@ -274,11 +325,12 @@ def _draw(
     seeds: Tensor,
     positions: Tensor,
     streams: tuple[Stream, Stream],
-    attempt: int = 0,
+    attempt: Tensor | int = 0,
 ) -> Tensor:
     """Draws a token with probability softmax(scores): first its sub-block, then the token inside (both Gumbel-max).
 
-    scores: [N, num_blocks, width]; block_logsumexp: [N, num_blocks]; seeds, positions: [N]. Returns [N] int64.
+    scores: [N, num_blocks, width]; block_logsumexp: [N, num_blocks]; seeds, positions: [N]; attempt: int or [N, 1].
+    Returns [N] int64.
     Ties go to the lowest id; where every score is -inf, that is token 0.
     """
     block_stream, token_stream = streams
@@ -318,29 +370,46 @@ def _sample_residual(target: _Rows, log_q: Tensor, seeds: Tensor, positions: Ten
         if pending.numel() == 0:
             return token_ids
 
-    residual = _cut((target.at(pending).log_probs().exp() - log_q[pending].exp()).clamp(min=0), fill=0.0)
-    block_sum = residual.sum(dim=2)
-    streams = (Stream.RESIDUAL_BLOCK, Stream.RESIDUAL_TOKEN)
-    draw = _draw(residual.log(), block_sum.log(), seeds[pending], positions[pending], streams)
-    token_ids[pending] = torch.where(block_sum.sum(dim=1) > 0, draw, token_ids[pending])
+    residual = (target.at(pending).log_probs().exp() - log_q[pending].exp()).clamp(min=0)
+    draw = draw_residual(residual, seeds[pending], positions[pending])
+    token_ids[pending] = torch.where(residual.sum(dim=1) > 0, draw, token_ids[pending])
     return token_ids
 
 
-def _scores(logits: Tensor, temperature: Tensor, dtype: torch.dtype, *, divide: bool = True) -> tuple[Tensor, Tensor]:
-    """Scores whose softmax is the distribution to sample, and the number of NaN logits per row.
+def draw_residual(residual: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws from each row of residual [N, V], renormalised; seeds, positions: [N]. Returns [N] int64."""
+    blocks = _cut(residual, fill=0.0)
+    streams = (Stream.RESIDUAL_BLOCK, Stream.RESIDUAL_TOKEN)
+    return _draw(blocks.log(), blocks.sum(dim=2).log(), seeds, positions, streams)
 
-    logits: [N, V]; temperature: [N]; divide: apply the temperature (greedy rows need none). Returns [N, V], [N] int64.
+
+def _scores(
+    logits: Tensor,
+    temperature: Tensor,
+    dtype: torch.dtype,
+    *,
+    divide: bool = True,
+    filters: Filters = NO_FILTERS,
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores whose softmax is the distribution to sample, the number of NaN logits per row, and the row's threshold.
+
+    logits: [N, V]; temperature: [N]; divide: apply the temperature (greedy rows need none); filters: of the N rows, or
+    threshold: [N], what they came to. Returns [N, V], [N] int64, [N].
     """
-    is_greedy = (temperature < GREEDY_TEMPERATURE)[:, None]
-    scores = logits.to(dtype)
-    if divide:
-        scores = scores / temperature.to(dtype)[:, None].masked_fill(is_greedy, 1.0)
-    is_nan = scores.isnan()
-    scores = scores.masked_fill(is_nan, NEG_INF).clamp(max=MAX_SCORE)
+    is_greedy = temperature < GREEDY_TEMPERATURE
+    divisor = temperature.to(dtype).masked_fill(is_greedy, 1.0) if divide else torch.ones_like(temperature, dtype=dtype)
+    logits = logits.to(dtype)
+    is_nan = logits.isnan()
+    logits = logits.masked_fill(is_nan, NEG_INF).clamp(max=MAX_SCORE)
+    if threshold is None:
+        threshold = find_threshold(logits, divisor, filters).masked_fill(is_greedy, NEG_INF)
+    scores = (logits / divisor[:, None]).clamp(max=MAX_SCORE)
+    scores = scores.masked_fill(logits < threshold[:, None], NEG_INF)
     # Unconditional, since draft sampling runs inside CUDA graphs: no branch may depend on the data.
     is_argmax = torch.zeros_like(is_nan).scatter_(1, scores.argmax(dim=1, keepdim=True), True)
-    scores = scores.masked_fill(is_greedy & ~is_argmax, NEG_INF)
-    return scores, is_nan.sum(dim=1)
+    scores = scores.masked_fill(is_greedy[:, None] & ~is_argmax, NEG_INF)
+    return scores, is_nan.sum(dim=1), threshold
 
 
 def _unpack(bitmask: Tensor, vocab_size: int) -> Tensor:
@@ -352,6 +421,7 @@ def _unpack(bitmask: Tensor, vocab_size: int) -> Tensor:
 def _draft_log_probs(
     token_ids: Tensor,
     logits: Tensor | None,
+    threshold: Tensor | None,
     temperature: Tensor,
     point_mass: Tensor,
     vocab_size: int,
@@ -360,7 +430,9 @@ def _draft_log_probs(
     """[B, max_drafts, V] log q in nats; where the request's q is a point mass, 0 on its token and -inf elsewhere."""
     if logits is not None and not point_mass.all():
         batch, max_drafts = token_ids.shape
-        scores, _ = _scores(logits.flatten(0, 1), temperature.repeat_interleave(max_drafts), dtype)
+        of_rows = temperature.repeat_interleave(max_drafts)
+        flat_threshold = None if threshold is None else threshold.flatten()
+        scores, _, _ = _scores(logits.flatten(0, 1), of_rows, dtype, threshold=flat_threshold)
         log_q = _Rows.from_scores(scores).log_probs().unflatten(0, (batch, max_drafts))
         if not point_mass.any():
             return log_q

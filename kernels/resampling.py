@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from vllm_bebop.kernels.device import NEG_INF, add_gumbel, finite, pick, to_scores, uniform
+from vllm_bebop.kernels.candidate_kernel import load_candidates
+from vllm_bebop.kernels.device import NEG_INF, add_gumbel, finite, pick, uniform
 from vllm_bebop.kernels.filtering import load_kept, load_kept_block
 from vllm_bebop.kernels.philox import Stream
 
@@ -13,13 +14,18 @@ THINNING_KEEP = tl.constexpr(int(Stream.THINNING_KEEP))
 
 
 @triton.jit
-def draft_log_prob(draft_row, mask, ids, token, is_point_mass, logsumexp, inverse_temperature):
-    """log q [R, N] at ids [R, N]: of the draft row, or of the point mass on `token` [R]; -inf where masked."""
+def draft_log_prob(draft_row, draft_ids, threshold, mask, ids, token, is_point_mass, logsumexp, inverse_temperature):
+    """log q [R, N] at ids [R, N], -inf where masked: of what the threshold [R] leaves of the draft row, or of the point
+    mass on `token` [R]. With draft_ids [R] the row holds candidates, whose ids stand there.
+    """
     log_prob = tl.where(mask & (ids == token[:, None]), 0.0, NEG_INF)
     if draft_row is not None:
         from_row = mask & ~is_point_mass[:, None]
-        logits = tl.load(draft_row[:, None] + ids, mask=from_row, other=NEG_INF)
-        of_row = to_scores(logits, inverse_temperature[:, None]) - finite(logsumexp)[:, None]
+        if draft_ids is None:
+            scores = load_kept(draft_row, ids, from_row, inverse_temperature, None, None, threshold)
+        else:
+            scores = load_candidates(draft_row, draft_ids, ids, from_row, inverse_temperature, threshold)
+        of_row = scores - finite(logsumexp)[:, None]
         log_prob = tl.where(is_point_mass[:, None], log_prob, of_row)
     return log_prob
 
@@ -37,6 +43,8 @@ def draw_last_token(
     bitmask_row,
     threshold,
     draft_row,
+    draft_ids,
+    draft_threshold,
     in_batch,
     is_read,
     from_residual,
@@ -82,7 +90,17 @@ def draw_last_token(
         draw = block * SUB_BLOCK + inside
         log_p = pick(scores, inside) - finite(logsumexp_p)
         of_q = (mask & from_residual)[:, None]
-        log_q = draft_log_prob(draft_row, of_q, draw[:, None], rejected, is_point_mass, logsumexp_q, inverse_draft)
+        log_q = draft_log_prob(
+            draft_row,
+            draft_ids,
+            draft_threshold,
+            of_q,
+            draw[:, None],
+            rejected,
+            is_point_mass,
+            logsumexp_q,
+            inverse_draft,
+        )
         u = uniform(seed, position, THINNING_KEEP, tl.zeros_like(rejected), attempt)
         is_below = is_below_ratio(u, tl.max(log_q, axis=1), log_p)
         token = tl.where(is_pending, draw, token)
@@ -99,6 +117,8 @@ def residual_of(
     bitmask_row,
     threshold,
     draft_row,
+    draft_ids,
+    draft_threshold,
     mask,
     ids,
     token,
@@ -113,5 +133,7 @@ def residual_of(
     mask = mask[:, None] & (ids < vocab_size)
     scores = load_kept(target_row, ids, mask, inverse_target, bitmask_ptr, bitmask_row, threshold)
     log_p = scores - finite(logsumexp_p)[:, None]
-    log_q = draft_log_prob(draft_row, mask, ids, token, is_point_mass, logsumexp_q, inverse_draft)
+    log_q = draft_log_prob(
+        draft_row, draft_ids, draft_threshold, mask, ids, token, is_point_mass, logsumexp_q, inverse_draft
+    )
     return tl.maximum(tl.exp(log_p) - tl.exp(log_q), 0.0)

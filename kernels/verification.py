@@ -1,6 +1,6 @@
 """Accepting and rejecting draft tokens on raw logits: each row of target logits is read once, draft rows hardly at all.
 
-Two launches, then a third that returns at once where it has nothing to do:
+Two launches, then one that returns at once where it has nothing to do:
 
 1. Statistics. Tiles of target rows are reduced to sub-block statistics; the last tile of a row to arrive merges them
    and decides the row: accept the draft token, reject it, or no draft.
@@ -12,6 +12,11 @@ With `single_launch` the last row of a request to arrive resolves it (1 and 2 in
 past a rejection found so far returns without reading. That only saves work: what a row decides never depends on it, and
 resolution looks at no row past the first rejection. Both forms give the same tokens.
 
+With `block` the second launch also sums max(0, w p - q) over rows, and there is no third: see `block_kernel`.
+
+With top-k, top-p or min-p the decision of rows is a launch of its own: the search for a threshold needs registers that
+the pass over the logits does better without. Only sub-blocks that may hold kept tokens are read again: see `filtering`.
+
 q costs no pass over the draft's logits where its logsumexp is kept from drafting: log q is then a look-up.
 Scheme, random streams and counters are those of `reference.verify_reference`.
 """
@@ -22,16 +27,19 @@ from torch import Tensor
 
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_requests, check_rows, check_tensor
+from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
+from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import TILE, partition, requests_per_program
 from vllm_bebop.kernels.reference import Verification
-from vllm_bebop.kernels.verification_kernel import NO_REJECTION, NUM_ROW_PLANES, verify_kernel
+from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
+from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
 
 
 class VerificationWorkspace:
     """Scratch of `verify` for up to max_batch requests of up to max_drafts tokens; reused by any number of calls.
 
-    Memory: 16 bytes per target row and sub-block (about 4.8 kB per row at 151,936 tokens); twice that where the draft's
+    Memory: 20 bytes per target row and sub-block (about 6 kB per row at 151,936 tokens); 16 more where the draft's
     logsumexp is not given. Every launch leaves the counters as it found them.
     """
 
@@ -55,7 +63,7 @@ class VerificationWorkspace:
         self.target_statistics = scratch(NUM_STATISTICS, num_rows, num_blocks)
         self.draft_statistics = scratch(NUM_STATISTICS, num_rows, num_blocks) if with_draft_statistics else None
         self.rows = scratch(NUM_ROW_PLANES, num_rows)
-        self.residual_sums = scratch(max_batch, num_blocks)
+        self.residual_sums = scratch(max_batch * max(max_drafts, 1), num_blocks)
         self.verdicts = torch.empty(num_rows, dtype=torch.int32, device=device)
         self.unresolved = torch.empty(max_batch, dtype=torch.int32, device=device)
         self.row_tickets = torch.zeros(num_rows, dtype=torch.int32, device=device)
@@ -80,11 +88,14 @@ def verify(
     one_hot: Tensor | None = None,
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
-    min_p: Tensor | None = None,
+    filters: Filters = NO_FILTERS,
     slots: Tensor | None = None,
     first_rows: Tensor | None = None,
     draft_logsumexp: Tensor | None = None,
     draft_argmax: Tensor | None = None,
+    draft_threshold: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+    block: bool = False,
     single_launch: bool = False,
     workspace: VerificationWorkspace | None = None,
 ) -> Verification:
@@ -102,26 +113,34 @@ def verify(
         one_hot: [B] bool, requests whose draft is a point mass on its token.
         target_is_processed: the target rows already carry temperature and masks.
         bitmask: [N, ceil(V / 32)] int32, a grammar's: token v is allowed in a row if bit v % 32 of word v // 32 is set.
-        min_p: [B] fp32. Tokens with p(v) < min_p * max p are left out of p; 0 leaves out none.
-        slots: [B] int32 or int64. Where given, temperature, min_p, seeds and the draft_* tensors but draft_token_ids
+        filters: top-k, top-p and min-p of each request, applied to p (after the bitmask).
+        slots: [B] int32 or int64. Where given, temperature, filters, seeds and the draft_* tensors but draft_token_ids
             have num_slots rows instead of B and are indexed by it; -1 marks a padding row, whose output is token 0. The
             draft_* tensors may have more rows, or fewer: the draft of a slot past them is one-hot.
         first_rows: [B] int32 or int64, first target row of each request; computed from num_draft_tokens if absent.
         draft_logsumexp: [B, max_drafts] fp32 as stored by `sample`, of draft_logits / T. Without it each draft row is
             read once more to compute it.
         draft_argmax: [B, max_drafts] int64 as stored by `sample`; only for `draft_argmax_prob`.
-        single_launch: statistics and resolution in one launch with early exit.
+        draft_threshold: [B, max_drafts] fp32 as stored by `sample`, the lowest of each row's draft_logits that counts;
+            with it draft_logsumexp is required.
+        draft_ids: [B, max_drafts, C] int32 as stored by `find_candidates`: draft_logits is then [B, max_drafts, C], of
+            these tokens alone, draft_argmax an index into them, and draft_logsumexp required.
+        block: accept drafts together instead of one by one (arXiv:2403.10444). They must have been drawn with `rounds`
+            equal to `positions`. A step without a draft token and an empty target row end the block: see
+            `block_reference`.
+        single_launch: statistics, decision and resolution in one launch with early exit; not with filters or `block`.
         workspace: scratch to reuse; without it, it is allocated.
     Returns:
         Verification in fp32. Statistics of rows past num_accepted (past the first rejection) are NaN, and NaN or empty
-        rows there are not counted: those rows decide nothing and may not even be read. target_entropy_nats is exact.
+        rows there are not counted: those rows decide nothing and may not even be read. With `block` every row decides,
+        and counts. target_entropy_nats is exact.
         overlap is min(1, p(y) / q(y)) of the drawn y, whose mean over y ~ q is sum_v min(p, q): exact for one-hot and
         greedy requests, elsewhere an unbiased estimate that costs no pass. draft_argmax_prob is exact; NaN where a
         draft row has no draft_argmax.
     Raises:
         ValueError: a shape, dtype or device is wrong; the message names the argument.
     Memory: see VerificationWorkspace.
-    Reference: kernels.reference.verify_reference
+    Reference: kernels.reference.verify_reference; kernels.block_reference.verify_block_reference
     """
     device = target_logits.device
     check_rows("target_logits", target_logits, (None, None), device)
@@ -134,11 +153,13 @@ def verify(
     check_integers("num_draft_tokens", num_draft_tokens, (batch,), device)
     num_cached = num_slots
     if draft_logits is not None:
-        check_rows("draft_logits", draft_logits, (None, max_drafts, vocab_size), device)
+        width = vocab_size if draft_ids is None else num_candidates(vocab_size)
+        check_rows("draft_logits", draft_logits, (None, max_drafts, width), device)
         num_cached = check_num_rows("draft_logits", draft_logits, num_slots, slots)
     for name, tensor, dtype in (
         ("draft_logsumexp", draft_logsumexp, torch.float32),
         ("draft_argmax", draft_argmax, torch.int64),
+        ("draft_threshold", draft_threshold, torch.float32),
     ):
         if tensor is not None:
             check_tensor(name, tensor, (num_cached, max_drafts), dtype, device)
@@ -148,10 +169,15 @@ def verify(
         check_tensor("bitmask", bitmask, (target_logits.shape[0], (vocab_size + 31) // 32), torch.int32, device)
         if bitmask.shape[1] > 1 and bitmask.stride(1) != 1:
             raise ValueError("bitmask is not contiguous in its last dimension")
-    if min_p is not None:
-        check_tensor("min_p", min_p, (num_slots,), torch.float32, device)
-        if min_p.numel() > 1 and min_p.stride(0) != 1:
-            raise ValueError("min_p is not contiguous")
+    filters.check(num_slots, device)
+    if draft_threshold is not None and draft_logsumexp is None:
+        raise ValueError("draft_threshold is given without draft_logsumexp, of what it keeps")
+    if draft_ids is not None:
+        check_tensor("draft_ids", draft_ids, (num_cached, max_drafts, num_candidates(vocab_size)), torch.int32, device)
+        if not draft_ids.is_contiguous():
+            raise ValueError("draft_ids is not contiguous")
+        if draft_logits is None or draft_logsumexp is None:
+            raise ValueError("draft_ids is given without draft_logits and draft_logsumexp, of the same candidates")
     if one_hot is not None:
         check_tensor("one_hot", one_hot, (batch,), torch.bool, device)
     if first_rows is None:
@@ -198,11 +224,16 @@ def verify(
             int(target_is_processed),
             bitmask,
             0 if bitmask is None else bitmask.stride(0),
-            min_p,
+            filters.top_k,
+            filters.top_p,
+            filters.min_p,
             draft_logits,
             *((0, 0) if draft_logits is None else draft_logits.stride()[:2]),
             draft_logsumexp,
             draft_argmax,
+            draft_threshold,
+            draft_ids,
+            0 if draft_ids is None else draft_ids.shape[2],
             num_cached,
             draft_token_ids,
             draft_token_ids.stride(0),
@@ -236,8 +267,11 @@ def verify(
             vocab_size,
             num_blocks,
             STATISTICS=parts.get("statistics", False),
+            DECISION=parts.get("decision", False),
             RESOLUTION=parts.get("resolution", False),
             RESIDUAL=parts.get("residual", False),
+            BLOCK=parts.get("block", False),
+            FILTERED=filters.are_asked_for,
             NUM_THINNING_ROUNDS=reference.NUM_THINNING_ROUNDS,
             SUB_BLOCK=sub_block,
             TILE=tile,
@@ -247,12 +281,22 @@ def verify(
             num_warps=num_warps,
         )
 
-    num_warps = 8 if bitmask is None and min_p is None else 16  # what the filters keep per thread must fit registers
-    if single_launch:
-        launch(tiles, max_drafts + 1, num_warps, statistics=True, resolution=True)
-    else:
+    # What a bitmask and a threshold keep per thread must fit registers.
+    num_warps = 8 if bitmask is None else 16
+    residual_warps = 16 if filters.are_asked_for else num_warps
+    is_block = block and max_drafts > 0  # without drafts there is no difference
+    single_launch = single_launch and not is_block and not filters.are_asked_for
+    if filters.are_asked_for:
         launch(tiles, max_drafts + 1, num_warps, statistics=True)
-        launch(1, 1, num_warps=4, resolution=True)
+        launch(1, max_drafts + 1, num_warps=4, decision=True)
+    else:
+        launch(tiles, max_drafts + 1, num_warps, statistics=True, decision=True, resolution=single_launch)
+    if is_block:
+        # 512 threads, for a tile of p and one of q: a warp of a data-centre AMD GPU has 64 of them.
+        launch(tiles, max_drafts, num_warps=8 if torch.version.hip else 16, block=True, resolution=True)
+        return out
+    if not single_launch:
+        launch(1, 1, num_warps=8 if filters.are_asked_for else 4, resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, num_warps, residual=True)
+        launch(tiles, 1, residual_warps, residual=True)
     return out

@@ -1,8 +1,9 @@
-"""The verifier's one kernel: statistics and verdict of a row, resolution of a request, and its residual."""
+"""The verifier's one kernel: statistics of a row, its verdict, resolution of a request, and its residual."""
 
 import triton
 import triton.language as tl
 
+from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, weigh_block
 from vllm_bebop.kernels.device import (
     GREEDY_TEMPERATURE,
     NEG_INF,
@@ -11,24 +12,34 @@ from vllm_bebop.kernels.device import (
     load_statistics,
     merge_entropy,
     merge_logsumexp,
+    pick,
     summarize_tile,
     take_ticket,
     uniform,
 )
-from vllm_bebop.kernels.filtering import apply_threshold, load_kept, load_kept_block
+from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept, load_kept_block
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.resampling import draft_log_prob, draw_last_token, is_below_ratio, residual_of
+from vllm_bebop.kernels.verification_rows import (
+    ACCEPTED,
+    ARGMAX_PROB,
+    ENTROPY,
+    LOG_RATIO,
+    LSE_P,
+    LSE_Q,
+    NAN,
+    NO_DRAFT,
+    NUM_NAN,
+    OVERLAP,
+    REJECTED,
+    THRESHOLD,
+    store_output,
+)
 
 ACCEPT_STREAM = tl.constexpr(int(Stream.ACCEPT))
 RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.constexpr(int(Stream.RESIDUAL_TOKEN))
 
-# What a row decided.
-ACCEPTED, REJECTED, NO_DRAFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Planes of a row's merged numbers, fp32.
-LSE_P, LSE_Q, ENTROPY, NUM_NAN, OVERLAP, ARGMAX_PROB, THRESHOLD = (tl.constexpr(i) for i in range(7))
-NUM_ROW_PLANES = 7
 NO_REJECTION = tl.constexpr(2**30)
-NAN = tl.constexpr(float("nan"))
 SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did not read
 
 
@@ -40,12 +51,17 @@ def verify_kernel(
     target_is_processed,
     bitmask_ptr,
     bitmask_stride,
+    top_k_ptr,
+    top_p_ptr,
     min_p_ptr,
     draft_ptr,
     draft_slot_stride,
     draft_step_stride,
     draft_logsumexp_ptr,
     draft_argmax_ptr,
+    draft_threshold_ptr,
+    draft_ids_ptr,
+    num_candidates,
     num_cached,
     tokens_ptr,
     tokens_stride,
@@ -79,8 +95,11 @@ def verify_kernel(
     vocab_size,
     num_blocks,
     STATISTICS: tl.constexpr,
+    DECISION: tl.constexpr,
     RESOLUTION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FILTERED: tl.constexpr,
     NUM_THINNING_ROUNDS: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -88,10 +107,11 @@ def verify_kernel(
     PADDED_STEPS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """Any of the three parts; the caller launches statistics and resolution separately or together.
+    """Any of the five parts; the caller launches statistics, decision and resolution separately or together, and BLOCK
+    together with the resolution.
 
-    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The resolution alone has one tile and one step, the
-    residual one step.
+    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The decision alone has one tile, the resolution
+    alone one tile and one step, the residual one step; BLOCK has no program for the bonus row.
     """
     tile = tl.program_id(0)
     group = tl.program_id(1)
@@ -133,22 +153,26 @@ def verify_kernel(
     target_row = target_ptr + row * target_stride
     bitmask_row = row * bitmask_stride
     threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
-    draft_row = None
+    draft_row, draft_ids = None, None
     if draft_ptr is not None:
         draft_row = draft_ptr + slot * draft_slot_stride + step * draft_step_stride
+    if draft_ids_ptr is not None:
+        draft_ids = draft_ids_ptr + (slot * max_drafts + step) * num_candidates
     has_draft = is_request & (step < num_drafts)
     token = tl.load(tokens_ptr + request * tokens_stride + step, mask=has_draft, other=-1)
     token = tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
     target_statistics = target_statistics_ptr + row_index * num_blocks
     rows = rows_ptr + row_index
 
-    # --- Statistics of one row; its last tile decides it.
+    # --- Statistics of one row.
     is_resolver = tl.program_id(0) == 0
-    if STATISTICS:
+    arrived = 1
+    if STATISTICS or DECISION:
         num_rows = tl.max(num_drafts, axis=0) + 1
         if tl.program_id(2) >= num_rows:
             return
         is_resolver = num_rows == 0
+    if STATISTICS:
         is_wanted = is_row
         if RESOLUTION:
             is_wanted = is_row & (step <= tl.load(first_rejected_ptr + request, mask=in_batch, other=0, volatile=True))
@@ -165,19 +189,21 @@ def verify_kernel(
                     draft_row, None, None, is_read_draft, is_row, inverse_draft, is_greedy, tile,
                     draft_statistics_ptr + row_index * num_blocks, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
                 )  # fmt: skip
-        arrived = take_ticket(row_tickets_ptr + group * num_steps + tl.program_id(2), tl.num_programs(0), arrival)
+        if DECISION:
+            arrived = take_ticket(row_tickets_ptr + group * num_steps + tl.program_id(2), tl.num_programs(0), arrival)
+
+    # --- Decision of one row, by the last of its tiles to arrive.
+    if DECISION:
         if (arrived > 0) & (arrived < SKIPPED):
             block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
             block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
             num_nan = tl.sum(load_statistics(target_statistics + 2 * plane, is_row, num_blocks, PADDED_BLOCKS, 0.0), 1)
-            if min_p_ptr is not None:
-                min_p = tl.load(min_p_ptr + slot, mask=is_request, other=0.0)
+            if FILTERED:
+                top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_request)
                 largest = load_statistics(target_statistics + 3 * plane, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-                has_min_p = (min_p > 0) & ~is_greedy
-                threshold = tl.where(has_min_p, tl.max(largest, axis=1) + tl.log(min_p), NEG_INF)
-                block_logsumexp, block_entropy = apply_threshold(
-                    target_row, is_read, inverse_target, bitmask_ptr, bitmask_row, threshold, largest, block_logsumexp,
-                    block_entropy, vocab_size, SUB_BLOCK,
+                threshold, block_logsumexp, block_entropy = find_threshold(
+                    target_row, is_read & ~is_greedy, inverse_target, bitmask_ptr, bitmask_row, top_k, top_p, min_p,
+                    largest, block_logsumexp, block_entropy, vocab_size, SUB_BLOCK,
                 )  # fmt: skip
                 all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
                 is_block = is_row[:, None] & (all_blocks < num_blocks)
@@ -193,6 +219,11 @@ def verify_kernel(
                 of_blocks = load_statistics(draft_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
                 logsumexp_q = merge_logsumexp(of_blocks, is_greedy)
 
+            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+            if draft_threshold_ptr is not None:
+                draft_threshold = tl.load(
+                    draft_threshold_ptr + slot * max_drafts + step, mask=has_draft & ~is_point_mass, other=NEG_INF
+                )
             is_token = is_read & (token >= 0)
             score = tl.max(
                 load_kept(
@@ -211,18 +242,29 @@ def verify_kernel(
                 log_p = tl.where(is_greedy, tl.where(is_argmax, 0.0, NEG_INF), log_p)
             log_q = tl.max(
                 draft_log_prob(
-                    draft_row, is_token[:, None], token[:, None], token, is_point_mass, logsumexp_q, inverse_draft
+                    draft_row,
+                    draft_ids,
+                    draft_threshold,
+                    is_token[:, None],
+                    token[:, None],
+                    token,
+                    is_point_mass,
+                    logsumexp_q,
+                    inverse_draft,
                 ),
                 axis=1,
             )
             is_drawn = log_q > NEG_INF
             u = uniform(seed, first_position + step, ACCEPT_STREAM, tl.zeros([REQUESTS], tl.int32), 0)
             accepts = is_drawn & is_below_ratio(u, log_p, log_q)
-            overlap = tl.exp(tl.minimum(log_p - finite(log_q), 0.0))
+            log_ratio = log_p - finite(log_q)
+            overlap = tl.exp(tl.minimum(log_ratio, 0.0))
             argmax_prob = tl.where(is_point_mass, overlap, NAN)
             if draft_argmax_ptr is not None:
                 at_argmax = is_read & is_drawn & ~is_point_mass
                 argmax_q = tl.load(draft_argmax_ptr + slot * max_drafts + step, mask=at_argmax, other=0)
+                if draft_ids_ptr is not None:
+                    argmax_q = tl.load(draft_ids + argmax_q, mask=at_argmax, other=0).to(tl.int64)
                 score = tl.max(
                     load_kept(
                         target_row, argmax_q[:, None], at_argmax[:, None], inverse_target, bitmask_ptr, bitmask_row,
@@ -239,6 +281,7 @@ def verify_kernel(
             tl.store(rows + NUM_NAN * row_plane, num_nan, mask=is_row)
             tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, NAN), mask=is_row)
             tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, NAN), mask=is_row)
+            tl.store(rows + LOG_RATIO * row_plane, log_ratio, mask=is_row)
             tl.store(verdicts_ptr + row_index, verdict, mask=is_row)
             if RESOLUTION:
                 is_rejection = is_row & (step < num_drafts) & ~accepts
@@ -247,30 +290,79 @@ def verify_kernel(
             if arrived > 0:
                 is_resolver = take_ticket(request_tickets_ptr + group, num_rows, 1) > 0
 
+    # --- Block verification: sums of max(0, w p - q) over one row; the last tile of a request resolves it.
+    if BLOCK:
+        end, log_weight, eta, needs_sum = weigh_block(
+            request, in_batch, num_drafts, is_greedy, seed, first_position, rows_ptr, row_plane, verdicts_ptr,
+            max_drafts, PADDED_STEPS,
+        )  # fmt: skip
+        is_summed = pick(needs_sum.to(tl.float32), step) > 0
+        if tl.max(is_summed.to(tl.int32), axis=0) > 0:
+            if FILTERED:
+                threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_summed, other=NEG_INF)
+            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+            if draft_threshold_ptr is not None:
+                draft_threshold = tl.load(
+                    draft_threshold_ptr + slot * max_drafts + step, mask=is_summed & ~is_point_mass, other=NEG_INF
+                )
+            log_weight_here = tl.where(is_summed, pick(log_weight, step), 0.0)
+            logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_summed, other=0.0) - log_weight_here
+            logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_summed, other=0.0)
+            ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
+            residual = residual_of(
+                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold,
+                is_read & is_summed, ids, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
+                inverse_draft, vocab_size,
+            )  # fmt: skip
+            sums = tl.sum(tl.reshape(residual, [REQUESTS, TILE, SUB_BLOCK]), axis=2)
+            blocks = tile * TILE + tl.arange(0, TILE)[None, :]
+            residual_sums = residual_sums_ptr + (request * max_drafts + step) * num_blocks
+            tl.store(residual_sums[:, None] + blocks, sums, mask=is_summed[:, None] & (blocks < num_blocks))
+        num_tiles = tl.num_programs(0) * tl.num_programs(2)
+        is_resolver = take_ticket(request_tickets_ptr + group, num_tiles, 1) > 0
+
     # --- Resolution of a request: the accepted tokens and one more.
     if RESOLUTION:  # noqa: SIM102 (known to the compiler, unlike the inner condition)
         if is_resolver:
-            steps = tl.arange(0, PADDED_STEPS)[None, :]
-            index = request[:, None] * num_steps + steps
-            is_draft = in_batch[:, None] & (steps < num_drafts[:, None])
-            verdict = tl.load(verdicts_ptr + index, mask=is_draft, other=ACCEPTED, cache_modifier=".cg")
-            num_accepted = tl.min(tl.where(is_draft & (verdict != ACCEPTED), steps, num_drafts[:, None]), axis=1)
-            is_last = steps == num_accepted[:, None]
-            last_verdict = tl.max(tl.where(is_draft & is_last, verdict, ACCEPTED), axis=1)
-            # A rejected greedy draft is not the argmax, so that max(0, p - q) is p.
-            from_residual = (last_verdict == REJECTED) & ~is_greedy
+            if BLOCK:
+                num_accepted, residual_sum = count_accepted(
+                    request, end, log_weight, eta, needs_sum, residual_sums_ptr, max_drafts, num_blocks, PADDED_BLOCKS
+                )
+                last_used = num_drafts
+                # A residual of 0 is p equal to q up to rounding, or greedy.
+                from_residual = (num_accepted < end) & (residual_sum > 0)
+            else:
+                steps = tl.arange(0, PADDED_STEPS)[None, :]
+                index = request[:, None] * num_steps + steps
+                is_draft = in_batch[:, None] & (steps < num_drafts[:, None])
+                verdict = tl.load(verdicts_ptr + index, mask=is_draft, other=ACCEPTED, cache_modifier=".cg")
+                num_accepted = tl.min(tl.where(is_draft & (verdict != ACCEPTED), steps, num_drafts[:, None]), axis=1)
+                last_used = num_accepted
+                is_last = steps == num_accepted[:, None]
+                last_verdict = tl.max(tl.where(is_draft & is_last, verdict, ACCEPTED), axis=1)
+                # A rejected greedy draft is not the argmax, so that max(0, p - q) is p.
+                from_residual = (last_verdict == REJECTED) & ~is_greedy
 
             row = first_row + num_accepted
             row_index = request * num_steps + num_accepted
             is_read = is_request & (row < num_target_rows)
             target_row = target_ptr + row * target_stride
             bitmask_row = row * bitmask_stride
-            if min_p_ptr is not None:
+            if FILTERED:
                 threshold = tl.load(
                     rows_ptr + THRESHOLD * row_plane + row_index, mask=in_batch, other=NEG_INF, cache_modifier=".cg"
                 )
             if draft_ptr is not None:
                 draft_row = draft_ptr + slot * draft_slot_stride + num_accepted * draft_step_stride
+            if draft_ids_ptr is not None:
+                draft_ids = draft_ids_ptr + (slot * max_drafts + num_accepted) * num_candidates
+            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+            if draft_threshold_ptr is not None:
+                draft_threshold = tl.load(
+                    draft_threshold_ptr + slot * max_drafts + num_accepted,
+                    mask=from_residual & ~is_point_mass,
+                    other=NEG_INF,
+                )
             rejected = tl.load(tokens_ptr + request * tokens_stride + num_accepted, mask=from_residual, other=-1)
             rejected = rejected.to(tl.int32)
             position = first_position + num_accepted
@@ -279,48 +371,49 @@ def verify_kernel(
             block_logsumexp = load_statistics(
                 target_statistics_ptr + row_index * num_blocks, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF
             )
-            token, is_dropped = draw_last_token(
-                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, in_batch, is_read, from_residual, rejected,
-                is_point_mass, is_greedy, block_logsumexp, logsumexp_p, logsumexp_q, inverse_target, inverse_draft,
-                seed, position, vocab_size, NUM_THINNING_ROUNDS, SUB_BLOCK, PADDED_BLOCKS,
+            if BLOCK:
+                sums = load_statistics(
+                    residual_sums_ptr + (request * max_drafts + num_accepted) * num_blocks, from_residual, num_blocks,
+                    PADDED_BLOCKS, 0.0,
+                )  # fmt: skip
+                token = draw_after_block(
+                    target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
+                    from_residual, rejected, is_point_mass, is_greedy,
+                    tl.where(from_residual[:, None], tl.log(sums), block_logsumexp),
+                    logsumexp_p - tl.where(from_residual, pick(log_weight, num_accepted), 0.0), logsumexp_q,
+                    inverse_target, inverse_draft, seed, position, vocab_size, SUB_BLOCK, PADDED_BLOCKS,
+                )  # fmt: skip
+            else:
+                token, is_dropped = draw_last_token(
+                    target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, in_batch,
+                    is_read, from_residual, rejected, is_point_mass, is_greedy, block_logsumexp, logsumexp_p,
+                    logsumexp_q, inverse_target, inverse_draft, seed, position, vocab_size, NUM_THINNING_ROUNDS,
+                    SUB_BLOCK, PADDED_BLOCKS,
+                )  # fmt: skip
+                tl.store(unresolved_ptr + request, is_dropped.to(tl.int32), mask=in_batch)
+            store_output(
+                request, in_batch, token, num_accepted, last_used, num_drafts, max_drafts, tokens_ptr, tokens_stride,
+                rows_ptr, row_plane, token_ids_ptr, num_accepted_ptr, entropy_ptr, overlap_ptr, argmax_prob_ptr,
+                num_nan_ptr, num_empty_ptr, PADDED_STEPS,
             )  # fmt: skip
-            tl.store(unresolved_ptr + request, is_dropped.to(tl.int32), mask=in_batch)
-
-            is_accepted = in_batch[:, None] & (steps < num_accepted[:, None])
-            accepted = tl.load(tokens_ptr + request[:, None] * tokens_stride + steps, mask=is_accepted, other=-1)
-            tokens = tl.where(is_last, token[:, None].to(tl.int64), accepted.to(tl.int64))
-            is_step = in_batch[:, None] & (steps < num_steps)
-            tl.store(token_ids_ptr + index, tokens, mask=is_step)
-            tl.store(num_accepted_ptr + request, num_accepted.to(tl.int64), mask=in_batch)
-
-            is_used = in_batch[:, None] & (steps <= num_accepted[:, None])
-            is_used_draft = is_used & is_draft
-            used_row = rows_ptr + index
-            entropy = tl.load(used_row + ENTROPY * row_plane, mask=is_used, other=NAN, cache_modifier=".cg")
-            tl.store(entropy_ptr + index, entropy, mask=is_step)
-            overlap = tl.load(used_row + OVERLAP * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
-            prob = tl.load(used_row + ARGMAX_PROB * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
-            draft_index = request[:, None] * max_drafts + steps
-            tl.store(overlap_ptr + draft_index, overlap, mask=is_step & (steps < max_drafts))
-            tl.store(argmax_prob_ptr + draft_index, prob, mask=is_step & (steps < max_drafts))
-            num_nan = tl.load(used_row + NUM_NAN * row_plane, mask=is_used, other=0.0, cache_modifier=".cg")
-            tl.store(num_nan_ptr + request, tl.sum(num_nan, axis=1).to(tl.int64), mask=in_batch)
-            logsumexps = tl.load(used_row + LSE_P * row_plane, mask=is_used, other=0.0, cache_modifier=".cg")
-            num_empty = tl.sum((logsumexps == NEG_INF).to(tl.int32), axis=1)
-            tl.store(num_empty_ptr + request, num_empty.to(tl.int64), mask=in_batch)
             if STATISTICS:
                 tl.store(first_rejected_ptr + request, tl.zeros([REQUESTS], tl.int32) + NO_REJECTION, mask=in_batch)
 
     # --- Residual of the requests whose thinning gave up.
     if RESIDUAL:
-        if min_p_ptr is not None:
+        if FILTERED:
             threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_request, other=NEG_INF)
+        draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
+        if draft_threshold_ptr is not None:
+            draft_threshold = tl.load(
+                draft_threshold_ptr + slot * max_drafts + step, mask=is_request & ~is_point_mass, other=NEG_INF
+            )
         logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_request, other=0.0)
         logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_request, other=0.0)
         ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
         residual = residual_of(
-            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, is_read, ids, token, is_point_mass, logsumexp_p,
-            logsumexp_q, inverse_target, inverse_draft, vocab_size,
+            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
+            is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
         )  # fmt: skip
         sums = tl.sum(tl.reshape(residual, [REQUESTS, TILE, SUB_BLOCK]), axis=2)
         blocks = tile * TILE + tl.arange(0, TILE)[None, :]
@@ -335,8 +428,8 @@ def verify_kernel(
             block = tl.argmax(noisy, axis=1)
             inside_ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
             inside = residual_of(
-                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, is_read, inside_ids, token, is_point_mass,
-                logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
+                inside_ids, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
             )  # fmt: skip
             noisy = add_gumbel(tl.log(inside), seed, position, RESIDUAL_TOKEN, inside_ids, 0, never_greedy)
             draw = block * SUB_BLOCK + tl.argmax(noisy, axis=1)

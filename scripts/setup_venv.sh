@@ -19,8 +19,11 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" >"$log"
 pip install 'pip>=25'
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-  pip install 'vllm>=0.32,<0.33' setuptools wheel
-  pip install --no-build-isolation -e '.[train,bench,dev]'
+  pip install 'setuptools>=77' wheel
+  pip install --no-build-isolation -e '.[vllm]'
+  # What vLLM brought along stays as it is: the rest must agree with it, or pip says what does not.
+  .venv/bin/python -m pip freeze --exclude-editable >.venv/vllm.txt
+  pip install --no-build-isolation -c .venv/vllm.txt -e '.[train,bench,dev]'
 else
   pip install --no-deps -r requirements/cpu.lock
   pip install --no-deps --no-build-isolation -e .

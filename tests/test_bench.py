@@ -222,7 +222,10 @@ def test_run_resumes_after_a_failure(tmp_path) -> None:
     assert "2.000" in acceptance.table(results)
 
 
-@pytest.mark.parametrize("change", [{"prompts": {"d": [[1, 3]]}}, {"max_tokens": 32}, {"seed": 1}, {"draft": "d/d"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"prompts": {"d": [[1, 3]]}}, {"max_tokens": 32}, {"seed": 1}, {"draft": "d/d"}, {"tensor_parallel_size": 2}],
+)
 def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> None:
     output = tmp_path / "out.json"
     acceptance.run(sweep(), output, Runner())
@@ -230,6 +233,16 @@ def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> N
     acceptance.run(sweep(**change), output, again)
     assert len(again.jobs) == 2
     assert "starting afresh" in capsys.readouterr().out
+
+
+def test_jobs_say_what_the_sweep_does() -> None:
+    settings = {"draft": "d/d", "max_tokens": 32, "seed": 7, "expectation": False, "tensor_parallel_size": 2}
+    jobs = sweep(gammas=(2, 3), **settings).jobs()
+    assert [(job.method, job.num_speculative_tokens) for job in jobs] == [
+        (method, gamma) for gamma in (2, 3) for method in ("stock_greedy", "bebop_rejection")
+    ]
+    for job in jobs:
+        assert {name: getattr(job, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ SWITCHED_ON = {"VLLM_BEBOP": "1"}
 def test_translate_leaves_other_methods_alone():
     for config in (None, {}, {"method": "ngram"}, {"method": "mtp", "num_speculative_tokens": 3}):
         assert translate(config, {}) is None
-    assert translate({"method": "eagle3", "model": "d", "num_speculative_tokens": 3}, SWITCHED_ON) is None
+    for method in ("eagle3", "mtp_of_ours", None):
+        assert translate({"method": method, "model": "d", "num_speculative_tokens": 3}, SWITCHED_ON) is None
 
 
 def test_translate_reads_as_mtp_afterwards():
@@ -34,6 +35,12 @@ def test_translate_target_only_drafts_greedily():
     assert translation.speculative_config["draft_sample_method"] == "greedy"
 
 
+def test_translate_block_samples_drafts_and_may_limit_their_cache():
+    translation = translate(ASKED | {"acceptance": "block", "draft_cache_gib": 2}, {})
+    assert translation.speculative_config["draft_sample_method"] == "probabilistic"
+    assert translation.config == BebopConfig(acceptance="block", draft_cache_gib=2.0)
+
+
 def test_translate_accepts_the_same_options_from_the_environment():
     by_config = translate(ASKED | {"model": "d", "acceptance": "target_only"}, {})
     by_environment = translate(
@@ -46,6 +53,13 @@ def test_translate_accepts_the_same_options_from_the_environment():
         },
     )
     assert by_environment == by_config
+
+
+@pytest.mark.parametrize("alias", ["deepseek_mtp", "qwen3_next_mtp", "mimo_mtp"])
+def test_translate_takes_over_every_name_of_mtp(alias):
+    asked = {"method": alias, "num_speculative_tokens": 3}
+    assert translate(asked, SWITCHED_ON) == translate(ASKED, {})
+    assert translate(asked, {}) is None
 
 
 def test_config_survives_json():
@@ -61,15 +75,19 @@ def test_config_survives_json():
         ({"num_speculative_tokens": "3"}, {}, "'num_speculative_tokens': '3' must be"),
         ({"num_speculative_tokens": True}, {}, "'num_speculative_tokens': True must be"),
         ({"num_speculative_tokens": 2.0}, {}, "'num_speculative_tokens': 2.0 must be"),
-        ({"acceptance": "lossy"}, {}, "'acceptance': 'lossy' is unknown; accepted: rejection, target_only"),
+        ({"acceptance": "lossy"}, {}, "'acceptance': 'lossy' is unknown; accepted: rejection, block, target_only"),
         ({"accpetance": "rejection"}, {}, "unknown key 'accpetance'.*bebop accepts acceptance"),
         ({"prompt_lookup_max": 4}, {}, "unknown key 'prompt_lookup_max'"),
         ({"model": 7}, {}, "'model': 7 must be a non-empty string"),
         ({"model": ""}, {}, "'model': '' must be a non-empty string"),
         ({"revision": 1}, {}, "'revision': 1 must be"),
+        ({"draft_cache_gib": float("inf")}, {}, "'draft_cache_gib': inf must be a finite number above 0"),
+        ({"draft_cache_gib": float("nan")}, {}, "'draft_cache_gib': nan must be"),
         ({"rejection_sample_method": "synthetic"}, {}, "'synthetic' is not lossless"),
         ({"rejection_sample_method": "fly"}, {}, "'fly' is not lossless"),
-        ({"rejection_sample_method": "block"}, {}, "'block' is not accepted"),
+        ({"rejection_sample_method": "block"}, {}, '\'block\' is not accepted.*say "acceptance": "block"'),
+        ({"rejection_sample_method": "other"}, {}, "'other' is not accepted.*drop the key"),
+        ({"acceptance": "block", "draft_sample_method": "greedy"}, {}, "contradicts 'acceptance': 'block'"),
         ({"synthetic_acceptance_length": 2.0}, {}, "'synthetic_acceptance_length' is not lossless"),
         ({"draft_sample_method": "greedy"}, {}, "'draft_sample_method': 'greedy' contradicts"),
         ({"method": "mtp"}, {"VLLM_BEBOP": "maybe"}, "VLLM_BEBOP='maybe': set it to 1"),

@@ -44,7 +44,8 @@ def test_check_draft_gives_each_problem_a_row(tmp_path, model):
 
 def test_check_draft_warns_of_another_base_model(tmp_path, model):
     write_draft(tmp_path / "draft", head(TARGET), TARGET, {"base_fingerprint": "0" * 64})
-    (row,) = [row for row in doctor.check_draft(model, tmp_path / "draft") if not row.ok]
+    (row,) = [row for row in doctor.check_draft(model, tmp_path / "draft") if row.ok is not True]
+    assert row.ok is None, "a warning, no failure"
     assert row.name == "draft and target" and "fingerprint 000000000000" in row.detail
 
 
@@ -60,6 +61,36 @@ def test_check_model_head(model):
     save_file({"model.embed_tokens.weight": torch.ones(96, 64)}, model / "model.safetensors")
     (row,) = doctor.check_model_head(model)
     assert not row.ok and "the head was lost on export" in row.detail
+
+
+def test_check_model_head_finds_what_is_not_finite(model):
+    save_file(head(TARGET) | {"mtp.norm.weight": torch.full((64,), torch.nan)}, model / "model.safetensors")
+    (row,) = doctor.check_model_head(model)
+    assert row.ok is False and "mtp.norm.weight has 64 NaN or infinite values" in row.detail
+
+
+def test_check_draft_fails_where_the_target_quantises_its_head(tmp_path, model):
+    write_draft(tmp_path / "draft", head(TARGET), TARGET)
+    (model / "config.json").write_text(json.dumps(TARGET | {"quantization_config": {"quant_method": "fp8"}}))
+    (row,) = doctor.check_draft(model, tmp_path / "draft")
+    assert row.ok is False and "its head included" in row.detail
+
+
+def test_check_environment_without_anything_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    rows = {row.name: row for row in doctor.check_environment()}
+    assert [rows[name].ok for name in ("PyTorch", "Triton", "vLLM")] == [False, False, False]
+
+
+@pytest.mark.parametrize(("ok", "word", "exit_code"), [(True, "ok", 0), (None, "warn", 0), (False, "FAIL", 1)])
+def test_doctor_fails_for_failures_only(monkeypatch, ok, word, exit_code):
+    from typer.testing import CliRunner
+
+    from vllm_bebop.cli import app
+
+    monkeypatch.setattr(doctor, "check_environment", lambda: [doctor.Check("what", ok, "why")])
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.output.split(), result.exit_code) == ([word, "what:", "why"], exit_code)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")

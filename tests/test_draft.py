@@ -18,6 +18,7 @@ from vllm_bebop.draft import (
     inspect_checkpoint_head,
     read_draft,
     refuse_misread_path,
+    refuse_quantised_head,
     resolve_draft,
     write_draft,
 )
@@ -314,7 +315,7 @@ def test_reports_every_problem_at_once(tmp_path):
 def test_inspect_checkpoint_head(tmp_path):
     backbone = {"model.layers.0.mlp.gate.weight": torch.zeros(4, 64), "model.embed_tokens.weight": torch.zeros(96, 64)}
     report = inspect_checkpoint_head(save(tmp_path / "whole", head(TARGET) | backbone, shards=2))
-    assert (report.num_layers, report.num_tensors, report.quantised) == (1, len(head(TARGET)), False)
+    assert (report.num_layers, report.tensors.keys(), report.quantised) == (1, head(TARGET).keys(), False)
     with pytest.raises(DraftError, match=r"no tensor is named mtp\.\*: the head was lost on export; add a draft"):
         inspect_checkpoint_head(save(tmp_path / "exported", backbone))
     with pytest.raises(DraftError, match=f"lacks 1 tensors: {FC}"):
@@ -348,6 +349,35 @@ def test_differing_numerics_and_a_quantised_target_get_warnings(tmp_path):
     warnings = "\n".join(read_draft(made, target).warnings)
     assert "rope_theta is 1000000.0 in the draft's config.json, 10000.0 in the target's" in warnings
     assert "the target is quantised (fp8)" in warnings
+
+
+_ATTENTION, _EXPERTS = "mtp.layers.0.self_attn.o_proj", "mtp.layers.0.mlp.experts.0.down_proj"
+_EVERY_LINEAR = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"]}}}
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "quantised"),
+    [
+        ({"quant_method": "fp8"}, _ATTENTION),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.0.mlp"]}, _ATTENTION),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["mtp.layers.0.self_attn"]}, _EXPERTS),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "mtp"]}, None),
+        ({"quant_method": "fp8", "ignored_layers": ["mtp.layers.0.self_attn", "mtp.layers.0.mlp"]}, None),
+        (_EVERY_LINEAR | {"ignore": ["lm_head", "re:.*mlp.gate$"]}, _ATTENTION),
+        (_EVERY_LINEAR | {"ignore": ["re:^mtp.*"]}, None),
+        (_EVERY_LINEAR | {"config_groups": {"group_0": {"targets": ["re:model.*"]}}}, None),
+        ({"quant_method": "gptq", "bits": 4}, None),  # not known: vLLM's loader will tell
+        (None, None),
+    ],
+)
+def test_refuse_quantised_head(tmp_path, quantisation, quantised):
+    target = TARGET | {"quantization_config": quantisation}
+    draft = read_draft(save(tmp_path / "d"), target)
+    if quantised is None:
+        refuse_quantised_head(draft, target)
+        return
+    with pytest.raises(DraftError, match=f"its head included .{quantised}.*exceptions of its quantization_config"):
+        refuse_quantised_head(draft, target)
 
 
 def test_resolve_draft(tmp_path, monkeypatch):

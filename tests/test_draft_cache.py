@@ -22,6 +22,13 @@ def test_allocate_logs_the_size_of_a_cache_for_every_request(caplog):
     assert "one-hot" not in caplog.text
 
 
+def test_allocate_of_candidates_keeps_ids_too(caplog):
+    with caplog.at_level(logging.INFO, "vllm.bebop"):
+        cache = allocate(64, 3, 151_936, torch.bfloat16, torch.device("cpu"), None, candidates_only=True)
+    assert cache.logits.shape == cache.ids.shape == (64, 3, 600)
+    assert "64 requests x 3 steps x 600 logits x 6 bytes" in caplog.text
+
+
 def test_allocate_keeps_the_limit_and_says_who_goes_without(caplog):
     with caplog.at_level(logging.INFO, "vllm.bebop"):
         cache = allocate(*SIZE, limit_gib=10.5 * REQUEST_GIB)
@@ -60,7 +67,7 @@ def test_translate_passes_the_limit_on():
 @pytest.mark.parametrize(
     ("change", "environ", "message"),
     [
-        ({"draft_cache_gib": 0}, {}, "'draft_cache_gib': 0 must be a number above 0"),
+        ({"draft_cache_gib": 0}, {}, "'draft_cache_gib': 0 must be a finite number above 0"),
         ({"draft_cache_gib": "2"}, {}, "'draft_cache_gib': '2' must be"),
         ({"draft_cache_gib": True}, {}, "'draft_cache_gib': True must be"),
         ({"draft_cache_gib": float("nan")}, {}, "'draft_cache_gib': nan must be"),

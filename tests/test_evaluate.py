@@ -61,10 +61,10 @@ def wide():
 
 
 def laws(model, head, token_ids, num_steps, **policy):
-    """p and q [num_steps, rows, vocab_size] in fp64, from the definitions and the whole text at once."""
+    """p and q [num_steps, rows, vocab_size] in fp64, filtered alike, from the definitions and the whole text at once."""
     ids = torch.tensor([token_ids])
     hidden = model.base_model(ids).last_hidden_state
-    q = (rollout(head, hidden, ids, num_steps)[:, 0].double() / policy.get("temperature", 1.0)).softmax(-1)
+    q = filtered(rollout(head, hidden, ids, num_steps)[:, 0], **policy)
     p = filtered(model.lm_head(hidden[0]), **policy)
     rows = len(token_ids) - num_steps
     return torch.stack([p[1 + j : 1 + j + rows] for j in range(num_steps)]), q
@@ -308,9 +308,12 @@ def test_evaluate_files_takes_the_drafts_policy_and_reports(wide, tmp_path, caps
     rows = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(3)).tolist()
     for name in ("x", "y"):
         lines = [json.dumps({"prompt_token_ids": row[:8], "token_ids": row[8:]}) for row in rows]
+        if name == "y":  # text of another policy says nothing about this one's rounds
+            lines.insert(0, json.dumps({"token_ids": rows[0], "sampling": sampling | {"temperature": 1.0}}))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     data = {name: tmp_path / f"{name}.jsonl" for name in ("x", "y")}
     results = evaluate_files(str(tmp_path / "target"), str(tmp_path / "draft"), data, max_documents=2)
+    assert "y.jsonl:1: sampled with temperature 1.0, not 0.7" in capsys.readouterr().out
     assert results["policy"] == sampling and results["num_steps"] == 3 and results["trained"]["loss"] == "tv"
     texts = [Text(row, [i >= 8 for i in range(40)]) for row in rows[:2]]
     direct = evaluate(model, head, {"x": texts, "y": texts}, 3, SamplingPolicy(0.7, top_k=20))

@@ -28,6 +28,7 @@ from tests.test_kernels_sampling import (
     smallest_margin,
 )
 from vllm_bebop.kernels import reference
+from vllm_bebop.kernels.filters import Filters
 from vllm_bebop.kernels.reference import Verification, sample_reference, verify_reference
 from vllm_bebop.selftest import NUM_SAMPLES
 
@@ -96,6 +97,8 @@ def select(values: dict, order: list[int]) -> dict:
     if "bitmask" in values:
         masks = values["bitmask"].split((values["num_draft_tokens"] + 1).tolist())
         by_row["bitmask"] = torch.cat([masks[r] for r in order])
+    if "filters" in values:
+        by_row["filters"] = values["filters"].of(torch.tensor(order, device=DEVICE))
     return {name: value[order] if isinstance(value, Tensor) else value for name, value in values.items()} | by_row
 
 
@@ -207,26 +210,44 @@ def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: b
 
 
 def with_filters(values: dict, seed: int = 0) -> dict:
-    """The same case with a grammar that allows each third token or so and min-p; some requests have neither."""
+    """The same case with a grammar that allows each third token or so, min-p, top-k and top-p; some have none."""
     generator = torch.Generator().manual_seed(seed)
     num_rows, vocab_size = values["target_logits"].shape
     allowed = torch.rand(num_rows, vocab_size, generator=generator) < 0.3
     allowed[::5] = True
     allowed[7] = False  # nothing is allowed: token 0
     bits = F.pad(allowed, (0, -vocab_size % 32)).unflatten(1, (-1, 32)).long() << torch.arange(32)
-    min_p = torch.tensor([0.0, 0.05, 0.3, 1.0]).repeat(len(values["seeds"]))[: len(values["seeds"])]
-    return values | {"bitmask": bits.sum(2).to(torch.int32).to(DEVICE), "min_p": min_p.to(DEVICE)}
+    batch = len(values["seeds"])
+
+    def each(choices: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(choices, dtype=dtype, device=DEVICE).repeat(batch)[:batch]
+
+    return values | {
+        "bitmask": bits.sum(2).to(torch.int32).to(DEVICE),
+        "min_p": each([0.0, 0.05, 0.3, 1.0], torch.float32),
+        "top_k": each([0, 20, 3, vocab_size, 1, 7, vocab_size - 1], torch.int32),
+        "top_p": each([0.9, 1.0, 0.5, 0.1, 1.0], torch.float32),
+    }
+
+
+def choose_filters(values: dict, names: list[str]) -> dict:
+    """The case with these filters alone, as `verify` takes them."""
+    filtered = with_filters(values)
+    chosen = {"bitmask": filtered["bitmask"]} if "bitmask" in names else {}
+    return values | chosen | {"filters": Filters(**{name: filtered[name] for name in names if name != "bitmask"})}
 
 
 @runs_kernels
 @pytest.mark.parametrize(
     ("batch", "vocab_size", "dtype", "filters", "thinning_rounds"),
     [
-        (64, 63, torch.float32, ["bitmask", "min_p"], 8),
+        (64, 63, torch.float32, ["bitmask", "min_p", "top_k", "top_p"], 8),
         (64, 1100, torch.float16, ["bitmask"], 8),
         (64, 1100, torch.bfloat16, ["min_p"], 8),
-        (64, 1100, torch.float32, ["bitmask", "min_p"], 0),
-        (16, 9000, torch.bfloat16, ["bitmask", "min_p"], 8),
+        (64, 3000, torch.bfloat16, ["top_k"], 8),
+        (64, 3000, torch.float32, ["top_p"], 8),
+        (64, 1100, torch.float32, ["bitmask", "min_p", "top_k"], 0),
+        (16, 9000, torch.bfloat16, ["bitmask", "top_k", "top_p"], 8),
     ],
 )
 def test_verify_equals_reference_with_filters(
@@ -234,8 +255,7 @@ def test_verify_equals_reference_with_filters(
 ) -> None:
     monkeypatch.setattr(reference, "NUM_THINNING_ROUNDS", thinning_rounds)
     values = with_draft_statistics(case(batch, 3, vocab_size, dtype))
-    filtered = with_filters(values)
-    chosen = values | {name: filtered[name] for name in filters}
+    chosen = choose_filters(values, filters)
     out = assert_equals_reference(chosen)
     assert not torch.equal(out.token_ids, verify(**values).token_ids)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1)).tolist()
@@ -246,7 +266,7 @@ def test_verify_equals_reference_with_filters(
 def test_verify_draws_only_kept_tokens() -> None:
     """An independent check of the filters' meaning, on the tokens that came from p or from the residual."""
     values = with_filters(case(64, 3, 600))
-    out = verify(**values)
+    out = verify(**choose_filters(case(64, 3, 600), ["bitmask", "min_p", "top_k", "top_p"]))
     counts = values["num_draft_tokens"] + 1
     first_rows = counts.cumsum(0) - counts
     for request in range(64):
@@ -257,8 +277,18 @@ def test_verify_draws_only_kept_tokens() -> None:
         if logits.max() == -INF:
             assert token == 0
             continue
-        probs = (logits.double() / max(float(values["temperature"][request]), 1e-3)).softmax(0)
-        assert probs[token] > 0 and probs[token] >= (1 - 1e-4) * float(values["min_p"][request]) * probs.max()
+        temperature = float(values["temperature"][request])
+        if temperature == 0:
+            assert token == int(logits.argmax())
+            continue
+        kept = (logits.double() / temperature).softmax(0)
+        kept[kept < (1 - 1e-4) * float(values["min_p"][request]) * kept.max()] = 0
+        if 0 < (k := int(values["top_k"][request])) < 600:
+            kept[kept < kept.sort(descending=True).values[k - 1]] = 0
+        before = kept.sort(descending=True).values.cumsum(0) / kept.sum()
+        larger = (kept > kept[token]).sum()
+        assert kept[token] > 0
+        assert larger == 0 or before[larger - 1] < float(values["top_p"][request]) + 1e-6
 
 
 @runs_kernels
@@ -432,7 +462,7 @@ def test_verify_stays_inside_its_tensors_on_wrong_counts() -> None:
         ("one_hot", torch.zeros(4, dtype=torch.int64)),
         ("bitmask", torch.zeros(4, 4, dtype=torch.int32)),
         ("bitmask", torch.zeros(8, 3, dtype=torch.int32)),
-        ("min_p", torch.zeros(5)),
+        ("draft_threshold", torch.zeros(4, 2)),
         ("slots", torch.zeros(3, dtype=torch.int64)),
         ("first_rows", torch.zeros(4)),
         ("draft_logsumexp", torch.zeros(4, 3)),
@@ -448,6 +478,15 @@ def test_verify_names_the_wrong_argument(name: str, wrong) -> None:
     wrong = poisoned(*wrong) if isinstance(wrong, tuple) else wrong.to(DEVICE)
     with pytest.raises(ValueError, match=name):
         verification.verify(**case(4, 2, 100) | {name: wrong})
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
+def test_verify_names_the_wrong_filter(name: str) -> None:
+    from vllm_bebop.kernels import verification
+
+    with pytest.raises(ValueError, match=name):
+        verification.verify(**case(4, 2, 100), filters=Filters(**{name: torch.zeros(4, dtype=torch.float64)}))
 
 
 # --- Laws -----------------------------------------------------------------------------------------------------------
@@ -500,7 +539,7 @@ def test_verify_law_with_filters() -> None:
             P[0].log().to(DEVICE).expand(2 * num_samples, 6), drafts[:, None], draft_logits[:, None],
             torch.ones_like(seeds), temperature, seeds, positions,
             bitmask=torch.full((2 * num_samples, 1), 0b011111, dtype=torch.int32, device=DEVICE),
-            min_p=torch.full((num_samples,), 0.6, device=DEVICE),
+            filters=Filters(min_p=torch.full((num_samples,), 0.6, device=DEVICE)),
         )  # fmt: skip
         return out.token_ids[:, 0].bincount(minlength=6).cpu().numpy()
 

@@ -1,23 +1,20 @@
 """The rollout against the served sequence itself, built one anchor at a time."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from tests.support.parity_inputs import CONFIGS, small_head, small_target
-from vllm_bebop.train.chain_attention import StepKeys, chain_attention
-from vllm_bebop.train.heads import MTPHead, new_head
-from vllm_bebop.train.rollout import (
-    complete_chains,
-    exact_acceptance,
-    expected_acceptance,
-    rollout,
-    target_hidden_states,
-    teacher_rows,
-)
+from vllm_bebop.train import rollout as rollout_module
+from vllm_bebop.train.chain_attention import Packing, StepKeys, chain_attention
+from vllm_bebop.train.heads import MTPHead
+from vllm_bebop.train.rollout import complete_chains, rollout, rollout_hidden_states, target_hidden_states
 
 NUM_STEPS = 4
 
@@ -100,38 +97,6 @@ def test_rollout_refuses_a_text_without_a_complete_chain() -> None:
         rollout(head, *random_text(head, seq_len=NUM_STEPS), NUM_STEPS)
 
 
-def test_teacher_rows_are_the_tokens_drafted() -> None:
-    """Row t, step j drafts what the target predicts at t + 1 + j."""
-    target = torch.arange(9).expand(2, 9)[..., None]
-    rows = teacher_rows(target, 3)
-    assert rows.shape == (3, 2, 6, 1)
-    assert all(rows[j, b, t] == t + 1 + j for j in range(3) for b in range(2) for t in range(6))
-
-
-def test_expected_acceptance_by_hand() -> None:
-    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.6, 0.3])
-    acceptance = expected_acceptance(p.log(), q.log())
-    torch.testing.assert_close(acceptance.rejection_sampling, torch.tensor(0.1 + 0.3 + 0.2))
-    torch.testing.assert_close(acceptance.target_only, torch.tensor(0.3))
-    hot = expected_acceptance(p.log() * 2, q.log() * 2, temperature=2.0)
-    torch.testing.assert_close(hot, acceptance)
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "mimo"])
-def test_exact_acceptance_feeds_what_the_family_is_fed(family: str) -> None:
-    model = small_target(family)
-    head, token_ids = new_head(model), torch.randint(96, (2, 9))
-    rates = exact_acceptance(model, head, token_ids, NUM_STEPS)
-    for rate in rates:
-        assert rate.shape == (NUM_STEPS, 2, 9 - NUM_STEPS)
-        assert ((rate >= 0) & (rate <= 1 + 1e-6)).all()
-    with torch.no_grad():
-        fed, teacher = target_hidden_states(model, token_ids)
-        target_logits = teacher_rows(model(token_ids).logits, NUM_STEPS)
-        expected = expected_acceptance(target_logits, rollout(head, fed, token_ids, NUM_STEPS))
-    torch.testing.assert_close(rates, expected)
-
-
 @pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "glm4_moe", "mimo"])
 @torch.no_grad()
 def test_target_hidden_states_are_on_the_right_side_of_the_final_norm(family: str) -> None:
@@ -195,31 +160,86 @@ def test_complete_chains_stay_inside_a_document() -> None:
     assert complete.tolist() == [[True] * 2 + [False] * 4 + [True] * 3 + [False] * 3, [True] * 12]
 
 
-def chain_of_attention(scores_at_once: int) -> tuple[Tensor, tuple[Tensor, ...], int]:
-    """Outputs of three steps over 24 rows, their gradients, and the most elements of any tensor kept for those."""
-    generator = torch.Generator().manual_seed(2)
-    queries = torch.randn(3, 2, 4, 24, 8, generator=generator, requires_grad=True)
-    keys_values = torch.randn(3, 2, 2, 2, 24, 8, generator=generator, requires_grad=True)
-    mask = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, 24, 24)
-    keys, outputs, kept = StepKeys(), [], []
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().nbytes():
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@contextmanager
+def tensors_kept() -> Iterator[list[int]]:
+    """Elements of every tensor that autograd keeps outside of what it computes again."""
+    kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+ROWS = 24
+PACKING = Packing.of(torch.tensor([[4] * 10 + [2] * 14, [0] * 9 + [1] * 8 + [-1] * 7]))
+
+
+def chain_of_attention(scores_at_once: int, packing: Packing | None) -> tuple[Tensor, tuple[Tensor, ...], int, int]:
+    """Outputs of three steps, their gradients, and the most elements of any tensor kept for those, and of any made."""
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(3, 2, 4, ROWS, 8, generator=generator, requires_grad=True)
+    keys_values = torch.randn(3, 2, 2, 2, ROWS, 8, generator=generator, requires_grad=True)
+    keys, outputs = StepKeys(), []
+    with Largest() as largest, tensors_kept() as kept:
         for query, (key, value) in zip(queries, keys_values, strict=True):
             options = {"scaling": 0.3, "keys": keys, "scores_at_once": scores_at_once}
-            outputs.append(chain_attention(torch.nn.Identity(), query, key, value, mask, **options)[0])
+            outputs.append(chain_attention(torch.nn.Identity(), query, key, value, packing, **options)[0])
+        made = largest.numel
     out = torch.stack(outputs)
-    return out, torch.autograd.grad(out.sin().sum(), (queries, keys_values)), max(kept)
+    return out, torch.autograd.grad(out.sin().sum(), (queries, keys_values)), max(kept), made
 
 
-def test_chain_attention_in_parts_equals_all_at_once_and_keeps_no_scores() -> None:
-    all_scores = 2 * 4 * 24 * 24
-    whole, gradients, kept = chain_of_attention(scores_at_once=all_scores)
-    assert kept >= all_scores
-    in_parts, gradients_in_parts, kept = chain_of_attention(scores_at_once=7 * all_scores // 24)
+def test_packing_says_where_documents_begin() -> None:
+    assert PACKING.starts.tolist() == [[0] * 10 + [10] * 14, [0] * 9 + [9] * 8 + [17] * 7]
+    assert PACKING.lowest == [0] * 10 + [9] * 7 + [10] * 7
+
+
+@pytest.mark.parametrize("packing", [None, PACKING])
+def test_chain_attention_in_parts_equals_all_at_once_and_keeps_no_scores(packing: Packing | None) -> None:
+    all_scores = 2 * 4 * ROWS * ROWS
+    whole, gradients, kept, made = chain_of_attention(all_scores, packing)
+    assert min(kept, made) >= all_scores
+    in_parts, gradients_in_parts, kept, made = chain_of_attention(7 * all_scores // ROWS, packing)
     assert kept < all_scores / 2
+    assert made < all_scores / 2  # no scores of all rows, nor a mask
     torch.testing.assert_close(in_parts, whole)
     torch.testing.assert_close(gradients_in_parts, gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_chain_attention_sees_no_other_document() -> None:
+    packed, alone = chain_of_attention(1 << 20, PACKING)[0], chain_of_attention(1 << 20, None)[0]
+    torch.testing.assert_close(packed[:, :, :9], alone[:, :, :9])  # the first documents
+    assert (packed[:, 0, 10:] - alone[:, 0, 10:]).abs().amax(-1).min() > 0.01
+
+
+def test_rollout_holds_no_intermediate_results_of_its_steps() -> None:
+    """They are computed again, step by step; the gradients are those of steps that keep everything."""
+    head = small_head("qwen3_next")
+    hidden_states, token_ids = random_text(head)
+    gradients = []
+    for keeps_all in (False, True):
+        head.zero_grad()
+        with pytest.MonkeyPatch.context() as patch, tensors_kept() as kept:
+            if keeps_all:
+                patch.setattr(rollout_module, "checkpoint", lambda step, *arguments, **_: step(*arguments))
+            drafted = rollout_hidden_states(head, hidden_states, token_ids, NUM_STEPS)
+        assert (sum(kept) > 10 * drafted.numel()) == keeps_all
+        drafted.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in head.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)

@@ -16,13 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.tiny_heads import CONFIGS
 from vllm_bebop.draft import DraftError, read_draft
 from vllm_bebop.tensor_files import read_json
-from vllm_bebop.train import checkpoint
+from vllm_bebop.train import backbone, checkpoint
+from vllm_bebop.train import run as run_module
 from vllm_bebop.train.backbone import packed_hidden_states
-from vllm_bebop.train.data import DataError
+from vllm_bebop.train.data import Documents, PackedRows
 from vllm_bebop.train.heads import initial_head, load_head
 from vllm_bebop.train.joint import clip_head_gradients, head_parameter_group, joint_head_loss
-from vllm_bebop.train.loop import Settings, TrainingError
+from vllm_bebop.train.loop import Settings, TrainingError, updates_per_epoch
 from vllm_bebop.train.objective import trained_chains
+from vllm_bebop.train.processes import Processes
+from vllm_bebop.train.records import BadLines, DataError
 from vllm_bebop.train.run import load_target, train_draft
 
 ROOT = Path(__file__).parent.parent
@@ -79,12 +82,9 @@ def test_train_raises_acceptance_and_leaves_a_valid_draft(model, uninterrupted):
     records = logged(out)
     assert [record["update"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["acceptance_length"] > records[0]["acceptance_length"] + 0.05
+    assert 0 < sum(record["tokens"] for record in records) < 6 * 4 * 32  # padding is none
     assert len(records[0]["overlap"]) == 2 and all(0 < alpha < 1 for alpha in records[0]["overlap"])
     assert any((out.parent / "draft.training/tensorboard").iterdir())
-
-
-class Interruption(Exception):
-    pass
 
 
 def test_train_resumed_equals_uninterrupted_bit_for_bit(model, uninterrupted, tmp_path, monkeypatch):
@@ -94,10 +94,10 @@ def test_train_resumed_equals_uninterrupted_bit_for_bit(model, uninterrupted, tm
     def save_then_stop(run, update, state):
         real(run, update, state)
         if update == 4:
-            raise Interruption
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", save_then_stop)
-    with pytest.raises(Interruption):
+    with pytest.raises(KeyboardInterrupt):
         train(model, out, save_every=2)
     monkeypatch.undo()
     assert not out.exists()
@@ -126,11 +126,11 @@ train(Path({str(model)!r}), Path({str(out)!r}), save_every=2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "draft.training"
     assert checkpoint.load_newest(run).update == 2
-    assert any(run.glob(".unfinished-*"))
+    assert any(run.glob(".checkpoint-*"))
     resumed = weights(train(model, out, save_every=2))
     for name, tensor in weights(uninterrupted[0]).items():  # of another process: the last bits may differ
         torch.testing.assert_close(resumed[name], tensor)
-    assert not any(run.glob(".unfinished-*"))
+    assert not any(run.glob(".checkpoint-*"))
 
 
 def test_train_on_a_full_disk_keeps_the_checkpoint_before(model, uninterrupted, tmp_path, monkeypatch):
@@ -172,18 +172,27 @@ def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, t
     script = tmp_path / "train.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom tests.test_training import train\n"
-        f"model, out = Path({str(model)!r}), Path({str(tmp_path)!r})\n"
-        "train(model, out / 'rows_shared_out', save_every=4)\n"
         "import shutil, torch\n"
+        "from pathlib import Path\nfrom tests.test_training import checkpoint, train\n"
+        "from vllm_bebop.train import run\n"
+        f"model, out = Path({str(model)!r}), Path({str(tmp_path)!r})\n"
+        "def by_the_first(read):\n"
+        "    def guarded(*arguments):\n"
+        "        assert torch.distributed.get_rank() == 0\n"
+        "        return read(*arguments)\n"
+        "    return guarded\n"
+        "for place, name in (run, 'load_target'), (run, 'initial_head'), (checkpoint, 'load_newest'):\n"
+        "    setattr(place, name, by_the_first(getattr(place, name)))\n"
+        "train(model, out / 'rows_shared_out', save_every=4, hidden_states=out / 'kept')\n"
         "if torch.distributed.get_rank() == 0:\n"
         "    shutil.rmtree(out / 'rows_shared_out.training/checkpoint-00000006')\n"
+        "    next((out / 'kept').iterdir()).unlink()\n"
         "torch.distributed.barrier()\n"
-        "train(model, out / 'rows_shared_out', save_every=4)  # from update 4 on\n"
+        "train(model, out / 'rows_shared_out', save_every=4, hidden_states=out / 'kept')  # from update 4 on\n"
         "train(model, out / 'vocabulary_shared_out', vocabulary_parallel=2)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    result = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for name in ("rows_shared_out", "vocabulary_shared_out"):
         for ours, one in zip(logged(tmp_path / name), logged(uninterrupted[1]), strict=True):
@@ -191,6 +200,39 @@ def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, t
             for key in ("loss", "grad_norm", "acceptance_length"):
                 assert ours[key] == pytest.approx(one[key], rel=1e-3), (name, key, ours["update"])
         assert read_draft(tmp_path / name, read_json(model / "config.json"), model)
+
+
+def test_train_reads_hidden_states_that_were_kept(model, tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text("".join((model / "data.jsonl").open().readlines()[:8]))
+
+    def train(name, epochs, **options):
+        settings = replace(SETTINGS, max_updates=None, epochs=epochs, batch_rows=3)
+        return train_draft(model, [tmp_path / "data.jsonl"], tmp_path / name, settings, **options)
+
+    computed = []
+    real = backbone.target_hidden_states
+    monkeypatch.setattr(backbone, "target_hidden_states", lambda *a: computed.append(1) or real(*a))
+    one = train("one", epochs=2)
+    in_two_epochs, computed[:] = len(computed), []
+    other = train("other", epochs=2, hidden_states=tmp_path / "kept")
+    assert 0 < len(computed) < in_two_epochs
+    computed.clear()
+    third = train("third", epochs=1, hidden_states=tmp_path / "kept")
+    assert not computed
+    assert_equal_weights(one, other)
+    assert not torch.equal(weights(third)["mtp.fc.weight"], weights(one)["mtp.fc.weight"])
+
+
+def test_train_starts_from_a_draft(model, uninterrupted, tmp_path):
+    draft, _ = uninterrupted
+    settings = replace(SETTINGS, learning_rate=1e-9, max_updates=1)
+    started = weights(train(model, tmp_path / "draft", settings, start=draft.path))
+    for name, tensor in weights(draft).items():
+        torch.testing.assert_close(started[name], tensor, rtol=0, atol=1e-6)
+    with pytest.raises(DraftError, match="absent: neither an existing directory"):
+        train(model, tmp_path / "other", settings, start=tmp_path / "absent")
+    with pytest.raises(ValueError, match="lacks mtp"):  # no silent start from the target's last layer
+        train(model, tmp_path / "other", settings, start=model)
 
 
 def test_train_refuses_to_resume_with_other_settings(model, uninterrupted):
@@ -228,6 +270,35 @@ def test_train_refuses_fp16_before_it_starts(model, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     with pytest.raises(TrainingError, match="fp16"):
         train(other, tmp_path / "draft")
+
+
+def test_train_refuses_a_model_without_a_trainable_head_before_it_is_read(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "load_target", None)
+    config = json.loads((model / "config.json").read_text())
+    for change, message in (
+        ({"num_nextn_predict_layers": 2}, "one MTP layer can be trained, this config asks for 2"),
+        ({"model_type": "qwen2"}, "no MTP head for model_type 'qwen2'"),
+    ):
+        other = tmp_path / message
+        other.mkdir()
+        (other / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            train_draft(other, [model / "data.jsonl"], tmp_path / "draft", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("data_parallel", "batch_rows", "message"),
+    [
+        (3, 4, "batch_rows 4 does not divide by the 3 processes that share them out: choose a multiple of 3"),
+        (8, 8, "2 packed rows of 32 tokens are less than one batch of 8"),  # fewer rows than processes
+    ],
+)
+def test_updates_per_epoch_refuses_what_processes_cannot_share(data_parallel, batch_rows, message, monkeypatch):
+    monkeypatch.setattr(Processes, "data_parallel", data_parallel)
+    documents = Documents(torch.ones(64, dtype=torch.int32), torch.ones(64, dtype=torch.bool), [0, 32, 64], BadLines())
+    rows = PackedRows(documents, context=32, num_steps=2)
+    with pytest.raises(TrainingError, match=message):
+        updates_per_epoch(rows, replace(SETTINGS, batch_rows=batch_rows), Processes(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ from torch import nn
 from tqdm import trange
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from vllm_bebop.train.evaluate import Text, chain_statistics
 from vllm_bebop.train.heads import MTPHead, head_tensors, new_head
-from vllm_bebop.train.rollout import exact_acceptance, rollout
+from vllm_bebop.train.losses import SamplingPolicy
+from vllm_bebop.train.rollout import rollout
 
 SEED = 0
 HERE = Path(__file__).parent
@@ -201,9 +203,10 @@ def measure(model: Qwen3NextForCausalLM, head: MTPHead, documents: list[list[int
         logprobs = model(token_ids, use_cache=False).logits[0].log_softmax(-1)
         losses.append(F.nll_loss(logprobs[:-1], token_ids[0, 1:], reduction="none"))
         entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-        acceptance = exact_acceptance(model, head, token_ids, num_steps=3)
-        rejection_sampling.append(acceptance.rejection_sampling[:, 0])
-        target_only.append(acceptance.target_only[:, 0])
+        chains = chain_statistics(model, head, Text(ids), num_steps=3, policy=SamplingPolicy())
+        if chains is not None:  # longer than a chain
+            rejection_sampling.append(chains.rates["rejection_sampling"])
+            target_only.append(chains.rates["target_only"])
     return {
         "tokens": sum(map(len, documents)),
         "loss_nats": round(torch.cat(losses).mean().item(), 4),

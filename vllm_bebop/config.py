@@ -3,7 +3,8 @@
 Two ways to ask, with the same options:
 
 * `--speculative-config '{"method": "bebop", "num_speculative_tokens": 3, "model": "DRAFT"}'`
-* `{"method": "mtp", ...}` plus `VLLM_BEBOP=1` and `VLLM_BEBOP_<OPTION>`, for stacks that admit no other method.
+* `{"method": "mtp", ...}` (or an alias, "deepseek_mtp") plus `VLLM_BEBOP=1` and `VLLM_BEBOP_<OPTION>`, for stacks that
+  admit no other method.
 
 `translate` turns either into a config that vLLM understands (method "mtp") and a `BebopConfig` that travels to every
 worker inside `VllmConfig.additional_config["bebop"]`. Pure functions, no vLLM import.
@@ -11,11 +12,13 @@ worker inside `VllmConfig.additional_config["bebop"]`. Pure functions, no vLLM i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ACCEPTANCE_RULES = ("rejection", "target_only")
+ACCEPTANCE_RULES = ("rejection", "block", "target_only")
+DRAFT_CACHES = ("full", "candidates")
 MAX_SPECULATIVE_TOKENS = 16  # the verification kernels' limit
 
 _ENV_SWITCH = "VLLM_BEBOP"
@@ -25,12 +28,13 @@ _ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU", "VLLM_BEBOP_CANDIDATE")
 # Our keys, and the variables that stand in for them.
 _ENV_OPTIONS = {
     "VLLM_BEBOP_ACCEPTANCE": "acceptance",
+    "VLLM_BEBOP_DRAFT_CACHE": "draft_cache",
     "VLLM_BEBOP_DRAFT_CACHE_GIB": "draft_cache_gib",
     "VLLM_BEBOP_MODEL": "model",
     "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "num_speculative_tokens",
 }
 _NUMERIC_OPTIONS = {"num_speculative_tokens": (int, "a whole number"), "draft_cache_gib": (float, "a number")}
-_OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptance", "draft_cache_gib")
+_OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptance", "draft_cache", "draft_cache_gib")
 # vLLM's own speculative keys that keep their meaning under bebop and are handed on untouched.
 _PASSED_ON_KEYS = (
     "attention_backend",
@@ -54,13 +58,17 @@ class BebopConfigError(ValueError):
 class BebopConfig:
     """What the workers need to know.
 
-    acceptance: "rejection" samples drafts from q and accepts with min(1, p/q) (arXiv:2606.12370, Eq. 2);
-        "target_only" drafts argmax q and accepts with p(draft) (Eq. 1).
+    acceptance: "rejection" samples drafts from q and accepts each with min(1, p/q) (arXiv:2606.12370, Eq. 2); "block"
+        samples them likewise and accepts them together, on average never fewer (arXiv:2403.10444); "target_only" drafts
+        argmax q and accepts with p(draft) (Eq. 1).
+    draft_cache: what model runner V2 keeps of q until it is verified: "full" rows of logits, or "candidates", of every
+        2,048 logits the 8 largest, to which the draft is then restricted (see `kernels.candidates`).
     draft_cache_gib: most memory for the draft's logits under model runner V2, in GiB; None: enough for every request.
         Requests past it draft and accept as under "target_only".
     """
 
     acceptance: str = "rejection"
+    draft_cache: str = "full"
     draft_cache_gib: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,13 +107,17 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
     options = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
     method = options.get("method")
     if method != "bebop":
-        if not _switched_on(environ) or method != "mtp":
+        if not switched_on(environ) or not _is_mtp(method):
             return None
         options |= _options_from_env(environ, options)
 
     _refuse_lossy(options)
     _refuse_unknown(options)
-    config = BebopConfig(acceptance=_acceptance(options), draft_cache_gib=_draft_cache_gib(options))
+    config = BebopConfig(
+        acceptance=_choice(options, "acceptance", ACCEPTANCE_RULES),
+        draft_cache=_choice(options, "draft_cache", DRAFT_CACHES),
+        draft_cache_gib=_draft_cache_gib(options),
+    )
     num_speculative_tokens = _num_speculative_tokens(options)
     draft = _text(options, "model")
     translated = {key: options[key] for key in _PASSED_ON_KEYS if key in options}
@@ -113,19 +125,25 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
         "method": "mtp",
         "num_speculative_tokens": num_speculative_tokens,
         # Under "probabilistic" vLLM keeps the draft's logits for verification; one-hot drafts need none.
-        "draft_sample_method": "probabilistic" if config.acceptance == "rejection" else "greedy",
+        "draft_sample_method": "greedy" if config.acceptance == "target_only" else "probabilistic",
         "rejection_sample_method": "standard",
     }
     return Translation(config, translated, draft, _text(options, "revision"))
 
 
-def _switched_on(environ: Mapping[str, str]) -> bool:
+def switched_on(environ: Mapping[str, str]) -> bool:
+    """Whether `VLLM_BEBOP` asks for method "mtp" to be taken over. Raises BebopConfigError: it is neither 1 nor 0."""
     value = environ.get(_ENV_SWITCH, "")
     if value.lower() in ("", "0", "false"):
         return False
     if value.lower() in ("1", "true"):
         return True
     raise BebopConfigError(f"{_ENV_SWITCH}={value!r}: set it to 1 (on) or 0 (off)")
+
+
+def _is_mtp(method: Any) -> bool:
+    """vLLM's own method, or an alias of it: "deepseek_mtp", "qwen3_next_mtp", ..."""
+    return isinstance(method, str) and (method == "mtp" or method.endswith("_mtp"))
 
 
 def _options_from_env(environ: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,9 +175,10 @@ def _refuse_lossy(options: Mapping[str, Any]) -> None:
     if sample_method in ("synthetic", "fly"):
         raise BebopConfigError(f"'rejection_sample_method': {sample_method!r} {_NOT_LOSSLESS}")
     if sample_method != "standard":
+        remedy = 'say "acceptance": "block"' if sample_method == "block" else 'drop the key (accepted: "standard")'
         raise BebopConfigError(
             f"'rejection_sample_method': {sample_method!r} is not accepted with bebop, which brings its own "
-            'verification; drop the key (accepted: "standard")'
+            f"verification; {remedy}"
         )
     for key in options:
         if key.startswith(("synthetic_", "fly_")):
@@ -184,23 +203,23 @@ def _refuse_unknown(options: Mapping[str, Any]) -> None:
         )
 
 
-def _acceptance(options: Mapping[str, Any]) -> str:
-    value = options.get("acceptance", "rejection")
-    if value not in ACCEPTANCE_RULES:
-        raise BebopConfigError(f"'acceptance': {value!r} is unknown; accepted: {', '.join(ACCEPTANCE_RULES)}")
+def _choice(options: Mapping[str, Any], key: str, accepted: tuple[str, ...]) -> str:
+    """One of `accepted`; the first if the key is absent."""
+    value = options.get(key, accepted[0])
+    if value not in accepted:
+        raise BebopConfigError(f"{key!r}: {value!r} is unknown; accepted: {', '.join(accepted)}")
     return value
 
 
 def _draft_cache_gib(options: Mapping[str, Any]) -> float | None:
+    for key in ("draft_cache", "draft_cache_gib"):
+        if key in options and options.get("acceptance") == "target_only":
+            raise BebopConfigError(f"{key!r} has no meaning with 'acceptance': 'target_only', which keeps no cache")
     value = options.get("draft_cache_gib")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise BebopConfigError(f"'draft_cache_gib': {value!r} must be a number above 0")
-    if options.get("acceptance") == "target_only":
-        raise BebopConfigError(
-            "'draft_cache_gib' has no meaning with 'acceptance': 'target_only', which keeps no cache"
-        )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BebopConfigError(f"'draft_cache_gib': {value!r} must be a finite number above 0")
     return float(value)
 
 

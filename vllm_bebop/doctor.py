@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_bebop.draft import DraftError, inspect_checkpoint_head, read_draft, resolve_draft
+from vllm_bebop.draft import DraftError, inspect_checkpoint_head, read_draft, refuse_quantised_head, resolve_draft
+from vllm_bebop.head_checks import value_problems
 from vllm_bebop.tensor_files import CONFIG_FILE, CheckpointError, read_json
 
 PLUGIN = "bebop"
@@ -16,10 +17,10 @@ PLUGIN_GROUP = "vllm.general_plugins"
 
 
 class Check(NamedTuple):
-    """One row: what was checked, whether it is all right, and what was found or how to mend it."""
+    """One row: what was checked, whether it is all right (None: suspicious), and what was found or how to mend it."""
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
 
 
@@ -37,6 +38,7 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
         return [Check("target", False, str(error))]
     try:
         found = read_draft(resolve_draft(draft), target_config, target_dir=model_dir)
+        refuse_quantised_head(found, target_config)
     except DraftError as error:
         return [Check("draft", False, problem) for problem in error.problems]
     size = sum(entry.end - entry.begin for entry in found.tensors.values())
@@ -44,7 +46,7 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
     rows = [Check("draft", True, what)]
     if found.ignored:
         rows.append(Check("draft's copies", True, f"ignored, the target's are used: {', '.join(found.ignored)}"))
-    rows += [Check("draft and target", False, warning) for warning in found.warnings]
+    rows += [Check("draft and target", None, warning) for warning in found.warnings]
     if not found.warnings:
         lineage = "trained for these weights" if "base_fingerprint" in found.metadata else "trained for unknown weights"
         rows.append(Check("draft and target", True, f"same family, sizes and numerics; {lineage}"))
@@ -52,12 +54,14 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
 
 
 def check_model_head(model: str | Path) -> list[Check]:
-    """Does the target's own checkpoint (directory, or Hub id if it is downloaded) carry a complete head?"""
+    """Does the target's own checkpoint (directory, or Hub id if it is downloaded) carry a complete, finite head?"""
     try:
         report = inspect_checkpoint_head(_model_dir(model))
     except CheckpointError as error:
         return [Check("the model's own head", False, problem) for problem in error.problems]
-    what = f"complete {report.family.name} head, {report.num_layers} layer(s), {report.num_tensors} tensors"
+    if problems := value_problems(report.tensors):
+        return [Check("the model's own head", False, problem) for problem in problems]
+    what = f"complete {report.family.name} head, {report.num_layers} layer(s), {len(report.tensors)} tensors"
     return [Check("the model's own head", True, what + (", quantised: shapes not checked" if report.quantised else ""))]
 
 
@@ -80,6 +84,8 @@ def _check_triton() -> Check:
         import triton
 
         return Check("Triton", True, triton.__version__)
+    if find_spec("torch") is None:
+        return Check("Triton", False, "not installed: vLLM brings it along with PyTorch")
     import torch
 
     if torch.cuda.is_available():
@@ -90,6 +96,8 @@ def _check_triton() -> Check:
 def _check_vllm() -> list[Check]:
     if find_spec("vllm") is None:
         return [Check("vLLM", False, "not installed: pip install 'vllm-bebop[vllm]'")]
+    if find_spec("torch") is None:
+        return [Check("vLLM", False, "cannot be loaded without PyTorch")]
     from vllm_bebop.engine.versions import check_versions
 
     return [Check(*row) for row in check_versions()]

@@ -19,14 +19,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
+from vllm_bebop.durable import new_directory
 from vllm_bebop.families import Config, Family, FamilyError, recognise
 from vllm_bebop.head_checks import (
     config_problems,
     config_warnings,
     is_quantised,
     missing_tensors,
+    quantised_module,
     tensor_problems,
     value_problems,
     weight_name,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Draft", "DraftError", "HeadReport", "add_checksums", "draft_config", "element_checksum", "fingerprint"),
-    *("head_tensor_names", "inspect_checkpoint_head", "read_draft", "refuse_misread_path", "resolve_draft"),
-    "write_draft",
+    *("head_tensor_names", "inspect_checkpoint_head", "read_draft", "refuse_misread_path"),
+    *("refuse_quantised_head", "resolve_draft", "write_draft"),
 ]
 
 METADATA_FILE = "bebop.json"
@@ -102,7 +103,7 @@ class HeadReport:
 
     family: Family
     num_layers: int
-    num_tensors: int
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
     quantised: bool
 
 
@@ -148,7 +149,7 @@ def read_draft(path: str | Path, target_config: Config, target_dir: str | Path |
         problems += tensor_problems(family, config, tensors) + value_problems(tensors)
     if problems:
         raise DraftError(*problems, path=path)
-    warnings = [*config_warnings(config, target_config), *_fingerprint_warnings(metadata, target_dir)]
+    warnings = [*config_warnings(family, config, target_config), *_fingerprint_warnings(metadata, target_dir)]
     return Draft(path, family, config, metadata, tensors, ignored, tuple(warnings))
 
 
@@ -182,7 +183,7 @@ def inspect_checkpoint_head(model_dir: str | Path) -> HeadReport:
         problems = missing_tensors(family, config, stored) if quantised else tensor_problems(family, config, head)
     if problems:
         raise DraftError(*problems, path=directory)
-    return HeadReport(family, count, len(head), quantised)
+    return HeadReport(family, count, head, quantised)
 
 
 def head_tensor_names(model_dir: str | Path, config: Config) -> frozenset[str]:
@@ -225,9 +226,7 @@ def write_draft(
         raise DraftError("exists: choose another directory or pass overwrite=True", path=path)
     refuse_destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid4().hex}"  # beside it: a rename must not cross file systems
-    temporary.mkdir()  # not mkdtemp, whose directories only their owner may read
-    try:
+    with new_directory(path, overwrite=True) as temporary:
         shards = _shards(tensors, shard_bytes)
         index: dict[str, str] = {}
         for number, names in enumerate(shards, start=1):
@@ -249,9 +248,6 @@ def write_draft(
             original = tensors[name].detach().cpu().contiguous()
             if not torch.equal(tensor.view(torch.uint8), original.view(torch.uint8)):
                 raise DraftError(f"{name} reads back differently than it was written: check the disk", path=path)
-        _replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return read_draft(path, config)
 
 
@@ -272,6 +268,16 @@ def refuse_misread_path(path: str | Path) -> None:
     """Raise DraftError if vLLM would take the draft at `path` for another method's because of how it is called."""
     if problems := _misread_path(path):
         raise DraftError(*problems, path=path)
+
+
+def refuse_quantised_head(draft: Draft, target_config: Config) -> None:
+    """Raise DraftError if vLLM would build a quantised head after the target's config: the draft is not quantised."""
+    if (module := quantised_module(draft.family, draft.config, target_config)) is not None:
+        problem = (
+            f"the target is quantised, its head included ({module}), and the draft is not: serve an unquantised "
+            "target, or list the head's modules among the exceptions of its quantization_config"
+        )
+        raise DraftError(problem, path=draft.path)
 
 
 def resolve_draft(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -333,21 +339,6 @@ def _shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> list[list[
         shards[-1].append(name)
         used += tensor.nbytes
     return shards
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`, which may exist; on failure the old one is back where it was."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.parent / f".{path.name}.{uuid4().hex}"
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -89,6 +89,7 @@ def run(
     batch_size: int = 256,
     executor: str | None = None,
     tensor_parallel_size: int = 1,
+    engine: Mapping[str, Any] | None = None,
 ) -> int:
     """Generate what `output` does not hold yet.
 
@@ -99,6 +100,7 @@ def run(
         prompt_tokens, strict: see `read_prompts`.
         batch_size: requests handed to the engine together, written together when the last of them is done.
         executor: vLLM's distributed_executor_backend ("mp", "ray", "uni").
+        engine: further arguments of vllm.LLM, JSON-serialisable: gpu_memory_utilization, trust_remote_code, ...
     Returns:
         The number of samples in `output`, all there are.
     Raises:
@@ -119,7 +121,8 @@ def run(
 
     prompts, bad_lines = read_prompts(data, *_tokenizer_and_vocab_size(model), prompt_tokens, strict)
     print(f"{len(prompts)} prompts; {bad_lines}")
-    file = RolloutFile(output, _settings(model, draft, num_speculative_tokens, prompts) | asdict(sampling))
+    settings = _settings(model, draft, num_speculative_tokens, prompts) | asdict(sampling)
+    file = RolloutFile(output, settings | ({"engine": dict(engine)} if engine else {}))
     total = len(prompts) * sampling.samples_per_prompt
     if len(file.finished) < total:
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -132,6 +135,7 @@ def run(
             executor=executor,
             tensor_parallel_size=tensor_parallel_size,
             seed=sampling.seed,
+            engine=engine,
         )
         generate(llm, prompts, sampling, file, batch_size)
     return total
@@ -194,8 +198,9 @@ def start_engine(
     executor: str | None = None,
     tensor_parallel_size: int = 1,
     seed: int = 0,
+    engine: Mapping[str, Any] | None = None,
 ) -> LLM:
-    """vLLM's offline engine, with what a machine without a GPU needs."""
+    """vLLM's offline engine, with what a machine without a GPU needs; `engine` overrides all else."""
     from vllm import LLM
 
     speculation = None
@@ -203,15 +208,14 @@ def start_engine(
         speculation = {"method": "bebop", "num_speculative_tokens": num_speculative_tokens}
         if draft is not None:
             speculation["model"] = draft
-    return LLM(
-        model,
-        max_model_len=max_model_len,
-        speculative_config=speculation,
-        distributed_executor_backend=executor,
-        tensor_parallel_size=tensor_parallel_size,
-        seed=seed,
-        **engine_options(),
-    )
+    arguments = {
+        "max_model_len": max_model_len,
+        "speculative_config": speculation,
+        "distributed_executor_backend": executor,
+        "tensor_parallel_size": tensor_parallel_size,
+        "seed": seed,
+    }
+    return LLM(model, **(arguments | engine_options() | dict(engine or {})))
 
 
 def generate(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling, file: RolloutFile, batch_size: int = 256) -> None:
@@ -285,11 +289,11 @@ class RolloutFile:
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     recorded_in = path.with_name(path.name + ".settings.json")
-    if not recorded_in.exists():
-        if path.exists():
-            raise RolloutError(f"{path} exists, but {recorded_in.name} does not: name another output")
+    if not path.exists() or path.stat().st_size == 0:  # nothing yet, whatever was tried before
         write_json(recorded_in, settings)
         return
+    if not recorded_in.exists():
+        raise RolloutError(f"{path} exists, but {recorded_in.name} does not: name another output")
     try:
         recorded = json.loads(recorded_in.read_text())
     except ValueError:
@@ -302,6 +306,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def _tokenizer_and_vocab_size(model: str) -> tuple[PreTrainedTokenizerBase | None, int]:
     from transformers import AutoConfig, AutoTokenizer
+
+    import vllm_bebop.train.target  # noqa: F401 (makes MiMo known)
 
     try:
         vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size

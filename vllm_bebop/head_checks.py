@@ -5,6 +5,7 @@ Each function returns the problems it finds, one sentence each with the remedy; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ _QUANTISED = (
 )
 # Sizes aside, what a head must share with its target to mean the same there.
 _NUMERICS = ("rms_norm_eps", "hidden_act", "rope_theta", "partial_rotary_factor")
+# Where these methods list the modules that they leave alone; others have ways of their own.
+_EXCEPTIONS = {"fp8": ("ignored_layers", "modules_to_not_convert"), "compressed-tensors": ("ignore",)}
 _LISTED = 5  # names shown before "and N more"
 
 
@@ -93,20 +96,49 @@ def value_problems(tensors: Mapping[str, TensorEntry]) -> list[str]:
     return problems
 
 
-def config_warnings(config: Config, target_config: Config) -> list[str]:
+def config_warnings(family: Family, config: Config, target_config: Config) -> list[str]:
     """What is suspicious, though vLLM would serve it."""
     warnings = []
     for key in _NUMERICS:
         ours, theirs = _numeric(config, key), _numeric(target_config, key)
         if None not in (ours, theirs) and ours != theirs:
             warnings.append(f"{key} is {ours} in the draft's config.json, {theirs} in the target's, which is used")
-    if quantisation := target_config.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
+    method, _ = _quantisation(target_config)
+    if method not in (None, *_EXCEPTIONS) or quantised_module(family, config, target_config) is not None:
         warnings.append(
             f"the target is quantised ({method}), and so is the head that vLLM builds for it unless the target's "
             "quantization_config excludes the head; the draft's tensors are not quantised"
         )
     return warnings
+
+
+def quantised_module(family: Family, config: Config, target_config: Config) -> str | None:
+    """A module of the head that the target's quantization_config surely quantises; None: it does not, or may not."""
+    method, quantisation = _quantisation(target_config)
+    groups = quantisation.get("config_groups") or {"": {"targets": ["Linear"]}}  # compressed-tensors: of which layers
+    if method not in _EXCEPTIONS or not any("Linear" in group.get("targets", ()) for group in groups.values()):
+        return None
+    exceptions = [str(entry) for key in _EXCEPTIONS[method] for entry in quantisation.get(key) or ()]
+    # One of attention, one of the MLP, both of which no method renames or fuses with others.
+    modules = (name.removesuffix(".weight") for name in family.expected_tensors(config))
+    projections = (module for module in modules if module.endswith((".o_proj", ".down_proj")))
+    return next((module for module in projections if not _is_listed(module, exceptions)), None)
+
+
+def _quantisation(config: Config) -> tuple[str | None, Mapping[str, Any]]:
+    """quant_method and quantization_config; None and {} for a model that is not quantised."""
+    found = config.get("quantization_config") or text_config(config).get("quantization_config") or {}
+    if not isinstance(found, Mapping):
+        return str(found), {}
+    return (str(found.get("quant_method")) if found else None), found
+
+
+def _is_listed(module: str, exceptions: list[str]) -> bool:
+    """By its name, that of a part of its path, or a regular expression ("re:...")."""
+    return any(
+        re.match(entry[3:], module) if entry.startswith("re:") else f".{entry}." in f".{module}."
+        for entry in exceptions
+    )
 
 
 def _numeric(config: Config, key: str) -> Any:

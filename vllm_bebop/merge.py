@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 from tqdm import tqdm
 
 from vllm_bebop.draft import inspect_checkpoint_head, read_draft, refuse_misread_path
+from vllm_bebop.durable import new_directory
 from vllm_bebop.families import Config, Family, FamilyError, recognise, text_config
 from vllm_bebop.tensor_files import CONFIG_FILE, INDEX_FILE, CheckpointError, TensorEntry, list_tensors, read_json
 
@@ -59,9 +59,9 @@ def merge(model_dir: str | Path, draft_dir: str | Path, out: str | Path) -> Merg
     """Write a full checkpoint of `model_dir`'s target with `draft_dir`'s head, all or nothing.
 
     Files are streamed, whatever their size, into a temporary directory beside `out`. Every tensor is then compared with
-    its source, bit by bit, before the directory gets its name. An old head is left out; copies of the target's
-    embedding or lm_head that lie among it (DeepSeek, GLM) stay. Other files of `model_dir` are copied, its
-    subdirectories and weights in other formats are not. Shows a progress bar.
+    its source, bit by bit, and all is on the disk before the directory gets its name. An old head is left out; copies
+    of the target's embedding or lm_head that lie among it (DeepSeek, GLM) stay. Other files of `model_dir` are copied,
+    its subdirectories and weights in other formats are not. Shows a progress bar.
 
     Args:
         model_dir: the target's directory, with or without a head.
@@ -96,9 +96,7 @@ def merge(model_dir: str | Path, draft_dir: str | Path, out: str | Path) -> Merg
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < total:
         raise MergeError(f"needs {total} bytes, {free} are free there: choose another disk", path=out)
-    temporary = out.parent / f".{out.name}.{uuid4().hex}"  # beside it: a rename must not cross file systems
-    temporary.mkdir()
-    try:
+    with new_directory(out) as temporary:
         for file in _other_files(model_dir):
             shutil.copyfile(file, temporary / file.name)
         _write_json(temporary / CONFIG_FILE, config)
@@ -116,9 +114,6 @@ def merge(model_dir: str | Path, draft_dir: str | Path, out: str | Path) -> Merg
         inspect_checkpoint_head(temporary)
         if out.exists():
             raise MergeError("has appeared in the meantime: choose another directory", path=out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return MergedCheckpoint(out, family, len(draft.tensors), len(stored) - len(kept), draft.warnings)
 
 

@@ -1,9 +1,9 @@
 """Is the sampler lossless on this device? `bebop selftest` draws samples and compares their laws with the target's.
 
 Two drafts are sampled, verified, and followed by a bonus token, tens of thousands of times, over laws p and q of six
-tokens. What must hold is known exactly (arXiv:2606.12370, Eq. 1 and 2), so each law is one small test. Then the same
-tests must reject samplers with a planted fault: a test that cannot fail proves nothing. Last, the kernels' tokens are
-compared with the reference's on a large vocabulary.
+tokens. What must hold is known exactly (arXiv:2606.12370, Eq. 1 and 2; arXiv:2403.10444), so each law is one small
+test. Then the same tests must reject samplers with a planted fault: a test that cannot fail proves nothing. Last, the
+kernels' tokens are compared with the reference's on a large vocabulary.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ class Step:
 
     noise_positions = (0, 1)  # of the two drafts, after the first position
 
-    def __init__(self, backend: Backend, num_samples: int, first_seed: int, device: torch.device, one_hot: bool):
-        self.backend, self.one_hot, self.device = backend, one_hot, device
+    def __init__(
+        self,
+        backend: Backend,
+        num_samples: int,
+        first_seed: int,
+        device: torch.device,
+        one_hot: bool,
+        block: bool = False,
+    ):
+        self.backend, self.one_hot, self.block, self.device = backend, one_hot, block, device
         self.seeds = torch.arange(first_seed, first_seed + num_samples, device=device)
         self.slots = torch.arange(num_samples, device=device)
         self.positions, self.temperature = torch.full_like(self.seeds, 100), torch.ones(num_samples, device=device)
@@ -46,7 +54,13 @@ class Step:
         """A token of each request from `law` [V], and the row's logsumexp: [N] each."""
         logits = law.log().to(self.device).expand(len(self.seeds), -1)
         out = self.backend.sample(
-            logits, self.temperature, self.seeds, self.positions + position, slots=self.slots, streams=streams
+            logits,
+            self.temperature,
+            self.seeds,
+            self.positions + position,
+            slots=self.slots,
+            rounds=self.positions if self.block else None,
+            streams=streams,
         )
         return out.token_ids, out.logsumexp
 
@@ -62,6 +76,7 @@ class Step:
             self.positions,
             slots=self.slots,
             draft_logsumexp=None if self.one_hot else logsumexp,
+            block=self.block,
             **options,
         )
 
@@ -114,6 +129,7 @@ def laws(
     device: torch.device | str,
     *,
     one_hot: bool = False,
+    block: bool = False,
     step_type: type[Step] = Step,
     **options: bool,
 ) -> dict[str, float]:
@@ -123,17 +139,23 @@ def laws(
         backend: the sampler under test.
         num_samples, first_seed: requests, and the seed of the first; the others count up from it.
         one_hot: drafts are argmax q (Eq. 1) instead of sampled (Eq. 2).
+        block: drafts are accepted together instead of one by one.
         step_type: `Step`, or one of FAULTS.
         options: for `verify`.
     """
-    step = step_type(backend, num_samples, first_seed, torch.device(device), one_hot)
+    step = step_type(backend, num_samples, first_seed, torch.device(device), one_hot, block)
     token_ids, out = step.run(**options)
     vocab_size, q = P.shape[1], step.q
     first, second, third = out.token_ids.cpu().unbind(1)
     token_ids, num_accepted = token_ids.cpu(), out.num_accepted.cpu()
     rejected, one, two = (num_accepted == k for k in range(3))
-    overlap = torch.minimum(P[:2], q).sum(1)
-    residual = (P[:2] - q).clamp(min=0)
+    # The chance of accepting draft 1, and both: see kernels.block_reference. One by one, each ratio counts up to 1.
+    ratio = (P[:2] / q).where(q > 0, 0.0)
+    weight_1 = ratio[0].clamp(max=1.0)
+    weight_2 = (weight_1[:, None] * (ratio[1] if block else ratio[1].clamp(max=1.0))).clamp(max=1.0)
+    reached = torch.stack([torch.ones(()), q[0] @ weight_1, q[0] @ weight_2 @ q[1]])
+    residual_1 = (P[0] - q[0]).clamp(min=0)
+    residual_2 = q[0] @ (weight_1[:, None] * P[1] - q[1]).clamp(min=0) if block else (P[1] - q[1]).clamp(min=0)
 
     def count(tokens: Tensor) -> Tensor:
         return tokens.bincount(minlength=vocab_size)
@@ -141,14 +163,14 @@ def laws(
     def table(rows: Tensor, columns: Tensor) -> Tensor:
         return (rows * vocab_size + columns).bincount(minlength=vocab_size**2).view(vocab_size, vocab_size)
 
-    accepted_law = torch.stack([1 - overlap[0], overlap[0] * (1 - overlap[1]), overlap.prod()])
+    accepted_law = torch.cat([reached[:2] - reached[1:], reached[2:]])
     return {
         "accepted count": g_test(num_accepted.bincount(minlength=3), accepted_law),
         "token 1": g_test(count(first), P[0]),
         "token 2 given one accepted": g_test(count(second[~rejected]), P[1]),
         "bonus": g_test(count(third[two]), P[2]),
-        "residual 1": g_test(count(first[rejected]), residual[0]),
-        "residual 2": g_test(count(second[one]), residual[1]),
+        "residual 1": g_test(count(first[rejected]), residual_1),
+        "residual 2": g_test(count(second[one]), residual_2),
         "rejected x recovered": independence_test(table(token_ids[rejected, 0], first[rejected])),
         "token 1 x token 2": independence_test(table(first[~rejected], second[~rejected])),
         "token 2 x bonus": independence_test(table(second[two], third[two])),
@@ -168,7 +190,11 @@ def run(device: torch.device | str | None = None, backend: Backend | None = None
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     report: Report = [("sampler", True, f"{backend.name} on {where}, PyTorch {torch.__version__}")]
 
-    forms: dict[str, dict[str, bool]] = {"sampled drafts": {}, "one-hot drafts": {"one_hot": True}}
+    forms: dict[str, dict[str, bool]] = {
+        "sampled drafts": {},
+        "sampled drafts in blocks": {"block": True},
+        "one-hot drafts": {"one_hot": True},
+    }
     if is_fused:
         forms["sampled drafts, single launch"] = {"single_launch": True}
     for name, options in forms.items():

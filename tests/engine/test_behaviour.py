@@ -24,8 +24,9 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def pair():
     """The same model served without speculation and with bebop, alive at once in one process."""
-    # Few KV blocks (of 128 tokens on a CPU): long batches are preempted and resumed.
-    with engine(num_gpu_blocks_override=12) as stock, engine(BEBOP, num_gpu_blocks_override=12) as bebop:
+    # Few KV blocks: long batches are preempted and resumed.
+    few = {"block_size": 128, "num_gpu_blocks_override": 12}
+    with engine(**few) as stock, engine(BEBOP, **few) as bebop:
         yield stock, bebop
 
 

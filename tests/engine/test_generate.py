@@ -5,7 +5,16 @@ import json
 import pytest
 
 from tests.support.engines import BEBOP, TINY_MODEL, engine
-from vllm_bebop.generate import RolloutError, RolloutFile, Sampling, generate, read_prompts, run, sample_seed
+from vllm_bebop.generate import (
+    RolloutError,
+    RolloutFile,
+    Sampling,
+    generate,
+    read_prompts,
+    run,
+    sample_seed,
+    start_engine,
+)
 from vllm_bebop.train.data import load_documents
 from vllm_bebop.train.records import DataError
 
@@ -117,9 +126,17 @@ def test_generate_output_is_training_data(uninterrupted):
 
 def test_rollout_file_refuses_other_settings(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    RolloutFile(path, {"model": "a", "temperature": 1.0})
+    RolloutFile(path, {"model": "a", "temperature": 0.0})  # the engine did not start: nothing was sampled so
+    RolloutFile(path, {"model": "a", "temperature": 1.0}).append([{"id": "a", "sample": 0}])
     with pytest.raises(RolloutError, match=r"other settings: temperature \(was 1.0, is 0.7\)"):
         RolloutFile(path, {"model": "a", "temperature": 0.7})
+
+
+def test_start_engine_hands_its_arguments_on(monkeypatch):
+    monkeypatch.setattr("vllm.LLM", lambda model, **arguments: {"model": model} | arguments)
+    arguments = start_engine("m", 32, num_speculative_tokens=2, engine={"max_model_len": 16, "load_format": "dummy"})
+    assert arguments["speculative_config"] == {"method": "bebop", "num_speculative_tokens": 2}
+    assert (arguments["model"], arguments["max_model_len"], arguments["load_format"]) == ("m", 16, "dummy")
 
 
 def test_rollout_file_refuses_a_file_that_it_did_not_begin(tmp_path):

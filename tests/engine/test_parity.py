@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support import parity_inputs
-from tests.support.engines import ROOT, environment_for_every_family
+from tests.support.engines import ROOT, SHARED_GPU, environment_for_every_family, unsupported_families
 from tests.support.parity_inputs import small_head
+from vllm_bebop.bench.conditions import on_cpu
 from vllm_bebop.train.heads import MTPHead, head_tensors, load_head
 from vllm_bebop.train.rollout import rollout
 
@@ -22,6 +23,13 @@ CHECKPOINT = ROOT / "tiny_model" / "checkpoint"
 TOLERANCE = 1e-4  # of logits with a standard deviation of 1.6
 PROMPT = "Problem: Multiply 47 by 36.\nSplit 36 into 30 + 6.\nFirst, 47 * 30 ="
 NUM_STEPS = 3
+UNSUPPORTED = unsupported_families()
+if not on_cpu():
+    UNSUPPORTED = dict.fromkeys(parity_inputs.CONFIGS, "tests.support.vllm_steps feeds vLLM's CPU kernels")
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.skipif(family in UNSUPPORTED, reason=UNSUPPORTED.get(family, "")))
+    for family in parity_inputs.CONFIGS
+]
 
 
 class Call(NamedTuple):
@@ -44,6 +52,7 @@ def served() -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
@@ -61,6 +70,7 @@ def _generate() -> Served:
         dtype="float32",
         enforce_eager=True,
         max_model_len=256,
+        **SHARED_GPU,
         speculative_config={"method": "mtp", "num_speculative_tokens": NUM_STEPS},
     )
     (module,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.model)
@@ -69,12 +79,12 @@ def _generate() -> Served:
     calls: list[Call] = []
 
     def recording_forward(input_ids, positions, hidden_states, *args, **kwargs):
-        inputs.append((input_ids.clone().long(), positions.clone(), hidden_states.clone()))
+        inputs.append((input_ids.clone().long().cpu(), positions.clone().cpu(), hidden_states.clone().cpu()))
         return forward(input_ids, positions, hidden_states, *args, **kwargs)
 
     def recording_logits(hidden_states, *args, **kwargs):
         logits = compute_logits(hidden_states, *args, **kwargs)
-        calls.append(Call(*inputs[-1], logits[0].clone()))
+        calls.append(Call(*inputs[-1], logits[0].clone().cpu()))
         return logits
 
     module.forward, module.compute_logits = recording_forward, recording_logits
@@ -133,7 +143,8 @@ def test_rollout_logits_equal_the_served_ones(served: Served, model: PreTrainedM
 def logits_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Each family's [anchors, NUM_STEPS, vocab_size], from vLLM's own MTP module and attention."""
     path = tmp_path_factory.mktemp("parity") / "logits.safetensors"
-    command = [sys.executable, "-m", "tests.support.vllm_steps", str(path)]
+    families = [family for family in parity_inputs.CONFIGS if family not in UNSUPPORTED]
+    command = [sys.executable, "-m", "tests.support.vllm_steps", str(path), *families]
     run = subprocess.run(command, cwd=ROOT, env=environment_for_every_family(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return load_file(path)
@@ -146,13 +157,13 @@ def logits_of_ours(head: MTPHead, family: str) -> Tensor:
     return logits[:, 0, list(parity_inputs.ANCHORS)].transpose(0, 1)
 
 
-@pytest.mark.parametrize("family", parity_inputs.CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_head_and_rollout_equal_the_module_of_vllm(family: str, logits_of_vllm: dict[str, Tensor]) -> None:
     head = small_head(family)
     torch.testing.assert_close(logits_of_ours(head, family), logits_of_vllm[family], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", parity_inputs.CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_head_and_rollout_show_each_planted_fault(family: str, logits_of_vllm: dict[str, Tensor]) -> None:
     """Wired otherwise, or at a wrong position, the same head leaves vLLM's at the step where the fault begins."""
     wiring = small_head(family).family

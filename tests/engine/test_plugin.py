@@ -91,9 +91,10 @@ def test_options_reach_worker_processes():
     """The multiprocessing executor: a worker in a process of its own, asked over collective_rpc."""
     script = f"""
 import os
-from tests.support.engines import TINY_MODEL
+from tests.support.engines import SHARED_GPU
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 def describe(wrapper):
     return wrapper.worker.model_runner.drafter.one_hot, type(wrapper.worker).__qualname__
@@ -101,7 +102,7 @@ def describe(wrapper):
 def main():
     from vllm import LLM
     llm = LLM({str(TINY_MODEL)!r}, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4,
-              distributed_executor_backend="mp",
+              distributed_executor_backend="mp", **SHARED_GPU,
               speculative_config={{"method": "bebop", "num_speculative_tokens": 2, "acceptance": "target_only"}})
     print("RESULT", llm.collective_rpc(describe), len(llm.generate("x")[0].outputs[0].token_ids))
 
@@ -117,6 +118,8 @@ def test_options_reach_ray_actors():
     import ray
     from vllm.engine.arg_utils import EngineArgs
 
+    stock = EngineArgs(str(TINY_MODEL)).create_engine_config()
+    platform_worker = stock.parallel_config.worker_cls.rpartition(".")[-1]
     speculative_config = BEBOP | {"acceptance": "target_only"}
     config = EngineArgs(str(TINY_MODEL), speculative_config=speculative_config).create_engine_config()
 
@@ -133,6 +136,6 @@ def test_options_reach_ray_actors():
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        assert ray.get(describe.remote(config), timeout=120) == ("target_only", ["Worker", "CPUWorker"])
+        assert ray.get(describe.remote(config), timeout=120) == ("target_only", ["Worker", platform_worker])
     finally:
         ray.shutdown()

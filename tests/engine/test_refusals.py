@@ -72,7 +72,7 @@ BAD_CONFIGS = {
     # name: (changes to the config, environment, what the log must say)
     "zero tokens": ({"num_speculative_tokens": 0}, {}, "'num_speculative_tokens': 0 must be a whole number from 1"),
     "tokens as text": ({"num_speculative_tokens": "3"}, {}, "'num_speculative_tokens': '3' must be"),
-    "unknown acceptance": ({"acceptance": "lossy"}, {}, "accepted: rejection, target_only"),
+    "unknown acceptance": ({"acceptance": "lossy"}, {}, "accepted: rejection, block, target_only"),
     "unknown key": ({"gamma": 3}, {}, "unknown key 'gamma'"),
     "synthetic": ({"rejection_sample_method": "synthetic"}, {}, "is not lossless"),
     "block": ({"rejection_sample_method": "block"}, {}, "'block' is not accepted"),

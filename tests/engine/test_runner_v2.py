@@ -6,15 +6,29 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
-from tests.support.engines import BEBOP, ROOT, engine, token_ids
+from tests.support import target
+from tests.support.engines import BEBOP, ROOT, TINY_MODEL, engine, token_ids
 from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
-from tests.support.v2_probe import MAX_TOKENS, NUM_CACHED, PROMPTS
+from tests.support.v2_probe import (
+    KINDS,
+    MAX_TOKENS,
+    NUM_CACHED,
+    OPTIONS,
+    PROMPTS,
+    SCORED_PROMPTS,
+    answers,
+    scored,
+)
+from vllm_bebop.bench.conditions import on_cpu
 
 
 @pytest.fixture(scope="module")
 def v2():
-    environ = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
+    environ = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    if on_cpu():
+        environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.v2_probe"],
         cwd=ROOT,
@@ -28,12 +42,11 @@ def v2():
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def _v1(config, temperature, prompts=PROMPTS):
-    from vllm import SamplingParams
-
-    with engine(config, max_model_len=64) as llm:
-        params = SamplingParams(temperature=temperature, seed=3, max_tokens=MAX_TOKENS, ignore_eos=True)
-        return [list(ids) for ids in token_ids(llm.generate(prompts, params, use_tqdm=False))]
+@pytest.fixture(scope="module")
+def both(v2):
+    """What V2 answers, and what V1 does."""
+    with engine(BEBOP, **OPTIONS) as llm:
+        return v2["answers"], json.loads(json.dumps(answers(llm)))
 
 
 def test_v2_is_what_ran(v2):
@@ -45,19 +58,76 @@ def test_v2_is_what_ran(v2):
 
 def test_greedy_tokens_of_fifty_prompts_are_stock_without_speculation(v2):
     assert len(PROMPTS) == 50
-    assert v2["greedy"] == _v1(None, temperature=0.0)
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    with engine(max_model_len=64) as llm:
+        assert v2["greedy"] == [list(ids) for ids in token_ids(llm.generate(PROMPTS, params, use_tqdm=False))]
 
 
-def test_seeded_tokens_are_those_of_runner_v1(v2):
-    assert v2["seeded"] == _v1(BEBOP, 1.0, PROMPTS[:20])
+def test_seeded_tokens_are_those_of_runner_v1(both):
+    """Half of them with top-k and top-p, which V2 takes from raw logits and V1 has vLLM apply."""
+    v2, v1 = both
+    assert len(v2["seeded"]) == 20
+    assert v2["seeded"] == v1["seeded"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_option_gives_the_seeded_tokens_of_runner_v1(both, kind):
+    v2, v1 = both
+    assert v2["kinds"][kind] == v1["kinds"][kind]
+    assert kind == "nothing" or v1["kinds"][kind] != v1["kinds"]["nothing"]
+
+
+def test_text_ends_at_max_model_len(both):
+    """The runners cut the last rounds differently, so that only greedy tokens must agree."""
+    (v2_greedy, v2_sampled), (v1_greedy, v1_sampled) = (answered["max_model_len"] for answered in both)
+    assert v2_greedy == v1_greedy
+    for _, tokens, *reasons in (v1_greedy, v1_sampled, v2_sampled):
+        assert len(tokens) == 6
+        assert reasons == ["length", None]
+
+
+def test_prefix_cache_does_not_change_the_text(both):
+    v2, v1 = both
+    assert v2["prefix_cache"] == v1["prefix_cache"]
+    (first, second), (_, num_cached_tokens) = v2["prefix_cache"]
+    assert first == second
+    if not num_cached_tokens:
+        pytest.skip("this vLLM caches no prefix of this model")
+
+
+def test_preempted_requests_resume_the_same(both):
+    v2, v1 = both
+    before, after = v2["num_preemptions"]
+    assert after > before == 0
+    assert v2["preemption"] == v1["preemption"]
+
+
+@pytest.mark.parametrize("half", range(len(SCORED_PROMPTS)), ids=["raw", "processed"])
+def test_returned_logprobs_are_the_targets(v2, half):
+    """At every temperature, with and without top-k and top-p; a penalty is left to the comparison of samplers."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    for i, (prompt, returned) in enumerate(zip(SCORED_PROMPTS[half], v2["kernels"][half], strict=True)):
+        params = scored(half, i)
+        if "repetition_penalty" in params:
+            continue
+        policy = {name: params[name] for name in ("temperature", "top_k", "top_p") if name in params}
+        policy["temperature"] = policy["temperature"] or 1.0  # a greedy request's logits are not divided
+        prompt, tokens = tokenizer.encode(prompt), [token for token, _ in returned]
+        logits = target.all_logits(TINY_MODEL, [*prompt, *tokens])[len(prompt) - 1 : -1]
+        exact = target.filtered(logits, **policy).log()
+        expected = [float(row[token]) for row, token in zip(exact, tokens, strict=True)]
+        assert [logprob for _, logprob in returned] == pytest.approx(expected, abs=1e-3), params
 
 
 def test_kernels_and_reference_serve_the_same_tokens(v2):
     """Greedy and sampled requests side by side, on raw logits and on logits that vLLM has processed."""
-    assert len(v2["kernels"]) == 26
-    for ours, eager in zip(v2["kernels"], v2["reference"], strict=True):
-        assert [token for token, _ in ours] == [token for token, _ in eager]
-        assert [logprob for _, logprob in ours] == pytest.approx([logprob for _, logprob in eager], abs=1e-4)
+    ours, eager = ([each for half in v2[name] for each in half] for name in ("kernels", "reference"))
+    assert len(ours) == 26
+    for fused, plain in zip(ours, eager, strict=True):
+        assert [token for token, _ in fused] == [token for token, _ in plain]
+        assert [logprob for _, logprob in fused] == pytest.approx([logprob for _, logprob in plain], abs=1e-4)
 
 
 def test_half_of_the_requests_have_no_cached_drafts(v2):

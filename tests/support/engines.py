@@ -4,8 +4,14 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+
+from vllm_bebop.bench.conditions import on_cpu
 
 # Read when vLLM is imported; on a GPU those that concern the CPU are ignored.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -13,10 +19,14 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Whether there is a GPU is asked without waking its driver, after which a forked engine could not use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 ROOT = Path(__file__).parent.parent.parent
 TINY_MODEL = ROOT / "tiny_model" / "checkpoint"
 BEBOP = {"method": "bebop", "num_speculative_tokens": 3}
+# A test may hold three engines at once.
+SHARED_GPU = {} if on_cpu() else {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
 
 
 def environment_for_every_family() -> dict[str, str]:
@@ -28,10 +38,33 @@ def environment_for_every_family() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
 
 
+def unsupported_families() -> dict[str, str]:
+    """Families that the installed vLLM cannot serve as these tests need it, and why; a matter of its version."""
+    vllm = Path(find_spec("vllm").origin).parent
+    reasons = {}
+    if not (vllm / "v1/attention/backends/mla/cpu_mla.py").exists():
+        reasons["deepseek_v3"] = "this vLLM has no MLA on a CPU: 0.29 is the first tested that does"
+    if not on_cpu():
+        reasons["deepseek_v3"] = "vLLM has no MLA in fp32 on a GPU"
+    if "qwen3_5_text" not in (vllm / "config/speculative.py").read_text():
+        reason = "before 0.29, vLLM speculates only with those Qwen3.5 that also see images"
+        reasons |= {"qwen3_5": reason, "qwen3_5_moe": reason}
+    return reasons
+
+
 @contextmanager
 def engine(speculative_config: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """An offline `LLM` whose engine core and worker live in this process, so that tests can look inside."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """An offline `LLM` whose engine core and worker live in this process, so that tests can look inside.
+
+    Model runner V1, which is all that a CPU has, unless the environment names another.
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv("VLLM_USE_V2_MODEL_RUNNER", os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"))
+        yield from _engine(speculative_config, options)
+
+
+def _engine(speculative_config: dict[str, Any] | None, options: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
 
     options = {
@@ -41,6 +74,7 @@ def engine(speculative_config: dict[str, Any] | None = None, **options: Any) -> 
         "max_num_seqs": 64,
         "max_model_len": 512,
         "disable_log_stats": False,
+        **SHARED_GPU,
     } | options
     llm = LLM(speculative_config=speculative_config, **options)
     try:
@@ -49,6 +83,7 @@ def engine(speculative_config: dict[str, Any] | None = None, **options: Any) -> 
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        torch.cuda.empty_cache()  # without a GPU, nothing
 
 
 def runner(llm: Any) -> Any:

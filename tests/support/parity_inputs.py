@@ -4,26 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+import vllm_bebop.train.target  # noqa: F401 (makes MiMo known)
 from tests.support.tiny_heads import config, head
 from vllm_bebop.families import recognise, text_config
 from vllm_bebop.train.heads import MTPHead, head_tensors
-
-
-class MiMoConfig(Qwen2Config):
-    model_type = "mimo"  # released as remote code; nothing here needs more than Qwen2's keys
-
-
-AutoConfig.register("mimo", MiMoConfig)
 
 NUM_STEPS = 3
 ANCHORS = (0, 1, 6, 40)  # the first, and one beyond the first block of the key-value cache
@@ -88,8 +74,7 @@ def small_target(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = transformers_config(family).get_text_config()
     config.initializer_range = 0.2  # far from uniform
-    build = Qwen2ForCausalLM if family == "mimo" else AutoModelForCausalLM.from_config
-    model = build(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # which start as the identity
             parameter.data += 0.3 * torch.randn_like(parameter)

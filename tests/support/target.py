@@ -27,10 +27,19 @@ def all_logits(model: str | Path, tokens: list[int]) -> torch.Tensor:
 
 
 def filtered(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    allowed: list[int] | None = None,
 ) -> torch.Tensor:
-    """Probabilities after temperature, top-k and top-p, in fp64: [..., vocab_size]. Written from the definition."""
+    """Probabilities of the allowed tokens after temperature, top-k and top-p, in fp64: [..., vocab_size].
+
+    Written from the definition.
+    """
     scores = logits.double() / temperature
+    if allowed is not None:
+        scores = torch.full_like(scores, float("-inf")).index_copy(-1, torch.tensor(allowed), scores[..., allowed])
     if top_k is not None:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     probabilities = scores.softmax(-1)

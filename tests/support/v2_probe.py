@@ -1,9 +1,9 @@
 """What model runner V2 does under bebop, for a test to read: `python -m tests.support.v2_probe`.
 
 V2 is chosen by the environment before vLLM is imported, and without a GPU runs in Triton's interpreter, hence a process
-of its own. Prints one JSON line: tokens and log-probabilities of both samplers (the fused kernels and the reference),
-and, with a draft cache for half of the requests, greedy tokens and the p-values of the law of the first tokens, honest
-and with a planted fault.
+of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens and
+log-probabilities of both samplers (the fused kernels and the reference); and, with a cache of candidates for half of
+the requests, greedy tokens and the p-values of the law of the first tokens, honest and with a planted fault.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.support import laws
 from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
+from vllm_bebop.bench.conditions import on_cpu
 
 PROMPTS = [
     start + end
@@ -29,12 +30,37 @@ PROMPTS = [
     for end in ("", " ", "1", "a", "\n")
 ]  # 50
 MAX_TOKENS = 8
+FILTERS = {"top_k": 7, "top_p": 0.8}
+# What a request may ask for besides a policy of sampling. All of it changes the text that this prompt and seed give.
+KINDS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "n": {"n": 3},
+    "stop": {"stop": ["e", "1"]},
+    "stop_token_ids": {"stop_token_ids": list(range(13, 60))},
+    "min_tokens": {"min_tokens": 6, "stop": ["e"]},
+    "bad_words": {"bad_words": ["name"]},
+    "presence_penalty": {"presence_penalty": 1.5},
+    "frequency_penalty": {"frequency_penalty": 1.5},
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "allowed_token_ids": {"allowed_token_ids": list(range(5, 200))},
+    "choice": {"structured_outputs": {"choice": ["yes", "no", "perhaps not"]}},
+    "json": {
+        "structured_outputs": {
+            "json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        }
+    },
+}
+KINDS_PROMPT, KINDS_SEED = "The module provides ", 7
+# Short contexts, since the interpreter pays for each block of a block table; and few blocks, so that eight long prompts
+# are preempted, but none of the other batches.
+OPTIONS = {"max_num_seqs": 32, "max_model_len": 96, "block_size": 32, "num_gpu_blocks_override": 24}
+
+SCORED_PROMPTS = PROMPTS[::4], PROMPTS[1::4]
+
 LAW_PROMPT = "   +-----------+"
 NUM_SAMPLES = 300
 NUM_REQUESTS = 64
 NUM_CACHED = NUM_REQUESTS // 2
-# A cache of its own size: V2's block tables are as long as the context, and the interpreter pays for each block.
-OPTIONS = {"max_num_seqs": NUM_REQUESTS, "max_model_len": 64, "logprobs_mode": "processed_logprobs"}
 
 
 def use(llm: Any, backend: Any) -> None:
@@ -44,31 +70,83 @@ def use(llm: Any, backend: Any) -> None:
         place.bebop = replace(place.bebop, backend=backend)
 
 
+def seeded(i: int) -> dict[str, Any]:
+    """Sampling parameters of the i-th seeded request; every other one is filtered."""
+    filters = FILTERS if i % 2 else {}
+    return {"temperature": 1.0, "seed": 3, "max_tokens": MAX_TOKENS, "ignore_eos": True} | filters
+
+
+def scored(half: int, i: int) -> dict[str, Any]:
+    """Sampling parameters of the i-th request of `SCORED_PROMPTS[half]`, whose log-probabilities are compared.
+
+    The first half asks for a temperature at most; three requests of the second make vLLM process the logits of all.
+    """
+    wanted: dict[str, Any] = {"temperature": (0.0, 0.7, 1.0, 1.3)[i % 4], "seed": i}
+    if half == 1 and i == 1:
+        wanted["repetition_penalty"] = 1.5
+    if half == 1 and i in (5, 7):
+        wanted |= FILTERS
+    return wanted | {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
+
+
+def answers(llm: Any) -> dict[str, Any]:
+    """What an engine with `OPTIONS`, of either model runner, answers to requests of every kind."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def ask(prompts: list[Any], wanted: list[dict[str, Any]]) -> list[Any]:
+        return llm.generate(prompts, [SamplingParams(**each) for each in wanted], use_tqdm=False)
+
+    def told(outputs: list[Any]) -> list[list[Any]]:
+        return [[c.text, list(c.token_ids), c.finish_reason, c.stop_reason] for o in outputs for c in o.outputs]
+
+    greedy = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    result: dict[str, Any] = {"seeded": told(ask(PROMPTS[:20], [seeded(i) for i in range(20)]))}
+
+    wanted = [{"temperature": 1.0, "seed": KINDS_SEED, "max_tokens": MAX_TOKENS} | kind for kind in KINDS.values()]
+    for each in wanted:
+        if "structured_outputs" in each:
+            each["structured_outputs"] = StructuredOutputsParams(**each["structured_outputs"])
+    outputs = ask([KINDS_PROMPT] * len(wanted), wanted)
+    result["kinds"] = {kind: told([output]) for kind, output in zip(KINDS, outputs, strict=True)}
+
+    almost_full = {"prompt_token_ids": list(range(5, 95))}  # 6 tokens below max_model_len
+    beyond = {"max_tokens": 50, "ignore_eos": True}
+    result["max_model_len"] = told(ask([almost_full] * 2, [greedy | beyond, seeded(0) | beyond]))
+
+    long = {"prompt_token_ids": list(range(30, 100))}  # two blocks and more, of which the first may be found again
+    outputs = [ask([long], [greedy])[0] for _ in range(2)]
+    result["prefix_cache"] = [told(outputs), [output.num_cached_tokens for output in outputs]]
+
+    before = _num_preemptions(llm)
+    crowd = [{"prompt_token_ids": list(range(start, start + 60))} for start in range(20, 76, 7)]
+    result["preemption"] = told(ask(crowd, [greedy] * len(crowd)))
+    result["num_preemptions"] = before, _num_preemptions(llm)
+    return result
+
+
+def _num_preemptions(llm: Any) -> int:
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 def both_samplers() -> dict[str, Any]:
     from vllm import SamplingParams
 
     from vllm_bebop.kernels.backend import fused, plain
 
-    def params(i: int, penalty: float) -> SamplingParams:
-        temperature = (0.0, 0.7, 1.0, 1.3)[i % 4]
-        wanted = {"temperature": temperature, "repetition_penalty": penalty, "seed": i}
-        return SamplingParams(**wanted, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
-
     result: dict[str, Any] = {}
-    with engine(BEBOP, **OPTIONS) as llm:
+    with engine(BEBOP, **OPTIONS, logprobs_mode="processed_logprobs") as llm:
         inside = runner(llm)
         places = inside.speculator, inside.sampler, inside.sampler.sampling_states, inside.rejection_sampler
         result["classes"] = [type(place).__name__ for place in places]
         result["backend"] = inside.speculator.bebop.backend.name
-        seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=MAX_TOKENS, ignore_eos=True)
-        result["seeded"] = token_ids(llm.generate(PROMPTS[:20], seeded, use_tqdm=False))
-        # The first half asks for a temperature at most; one request of the second half makes vLLM process its logits.
-        for half, penalty in ((PROMPTS[::4], 1.0), (PROMPTS[1::4], 1.5)):
+        result["answers"] = answers(llm)
+        for half, prompts in enumerate(SCORED_PROMPTS):
+            wanted = [SamplingParams(**scored(half, i)) for i in range(len(prompts))]
             for name, backend in (("kernels", fused()), ("reference", plain())):
                 use(llm, backend)
-                wanted = [params(i, penalty if i == 1 else 1.0) for i in range(len(half))]
-                outputs = llm.generate(half, wanted, use_tqdm=False)
-                result.setdefault(name, []).extend(
+                outputs = llm.generate(prompts, wanted, use_tqdm=False)
+                result.setdefault(name, []).append(
                     [[(token, step[token].logprob) for token, step in zip(c.token_ids, c.logprobs, strict=True)]
                      for output in outputs for c in output.outputs]
                 )  # fmt: skip
@@ -78,19 +156,25 @@ def both_samplers() -> dict[str, Any]:
 def half_a_cache() -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from vllm_bebop.kernels import verification_kernel
+    from vllm_bebop.kernels import reference
+    from vllm_bebop.kernels.backend import plain
+    from vllm_bebop.kernels.candidates import num_candidates
 
     result: dict[str, Any] = {}
     vocab_size = json.loads((TINY_MODEL / "config.json").read_text())["vocab_size"]
-    request_bytes = BEBOP["num_speculative_tokens"] * vocab_size * 4  # fp32
-    with engine(BEBOP | {"draft_cache_gib": NUM_CACHED * request_bytes / 2**30}, **OPTIONS) as llm:
+    request_bytes = BEBOP["num_speculative_tokens"] * num_candidates(vocab_size) * (4 + 4)  # fp32 and int32
+    config = BEBOP | {"draft_cache": "candidates", "draft_cache_gib": NUM_CACHED * request_bytes / 2**30}
+    # On a GPU as a server runs: with CUDA graphs.
+    with engine(config, max_num_seqs=NUM_REQUESTS, max_model_len=64, enforce_eager=on_cpu()) as llm:
         result["num_cached"] = len(runner(llm).speculator.draft_logits)
         greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
         result["greedy"] = token_ids(llm.generate(PROMPTS, greedy, use_tqdm=False))
         prompt = llm.get_tokenizer().encode(LAW_PROMPT)
         drawn = laws.sample(llm, prompt, NUM_SAMPLES, first_seed=0, temperature=1.0)
         result["honest"] = laws.p_values(drawn, TINY_MODEL, prompt)
-        verification_kernel.is_below_ratio = lambda u, log_a, log_b: u > 0  # the planted fault: accept every draft
+        # The planted fault: accept every draft. In the reference, since a compiled kernel cannot be changed.
+        use(llm, plain())
+        reference._is_below_ratio = lambda u, log_a, log_b: u > 0
         drawn = laws.sample(llm, prompt, NUM_SAMPLES // 3, first_seed=NUM_SAMPLES, temperature=1.0)
         result["faulty"] = laws.p_values(drawn, TINY_MODEL, prompt)
         result["rounds"], result["accepted"] = accepted_per_position(llm)
@@ -98,6 +182,10 @@ def half_a_cache() -> dict[str, Any]:
 
 
 def main() -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    if on_cpu():  # vLLM's kernel for what a request with logprobs has filtered fails in the interpreter
+        topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
     print("RESULT", json.dumps(both_samplers() | half_a_cache()))
 
 

@@ -1,6 +1,6 @@
 """Run each family's head in vLLM, with its own attention and key-value cache, over random tokens and hidden states.
 
-    python -m tests.support.vllm_steps logits.safetensors
+    python -m tests.support.vllm_steps logits.safetensors qwen3_next glm4_moe
 
 Writes one tensor per family, [len(ANCHORS), NUM_STEPS, vocab_size]: the logits of each anchor's draft steps, called
 as vLLM's proposer calls them (v1/spec_decode/llm_base_proposer.py, `propose`). A process of its own, because vLLM's
@@ -101,7 +101,7 @@ def steps(family: str, directory: Path) -> Tensor:
 if __name__ == "__main__":
     results = {}
     with tempfile.TemporaryDirectory() as directory:
-        for family in CONFIGS:
+        for family in sys.argv[2:]:
             (place := Path(directory) / family).mkdir()
             results[family] = steps(family, place)
     save_file(results, sys.argv[1])

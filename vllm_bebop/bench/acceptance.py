@@ -28,7 +28,7 @@ _NOTES = (
     "acceptance_per_position[i]: share of rounds that accepted at least i + 1 drafts.",
     "Rounds: only those that began with gamma + 1 tokens or more still to generate, so that the length limit cut none.",
     "tokens_per_target_step: every token over every target step of its request, prompts and cut rounds included.",
-    "expected: exact expectation (Transformers, fp32) over the same rounds on the text that the engine generated.",
+    "expected: exact expectation (Transformers, in the dtype served) over the same rounds on the text generated.",
     "interval_95: bootstrap over requests.",
     "tok_s: all requests of a cell at once, prompts included; on a CPU it says nothing about a GPU.",
     MEND_CPU_NOTE,
@@ -49,7 +49,8 @@ class Sweep:
         gammas: numbers of draft tokens.
         temperatures: above 0.
         max_tokens: generated per request; end-of-text is ignored.
-        expectation: compare with the exact expectation, which loads the model in Transformers, in fp32.
+        expectation: compare with the exact expectation, which loads the model in Transformers, on one device.
+        tensor_parallel_size: of the engine.
     Raises:
         BenchError: an empty or impossible sweep.
     """
@@ -63,6 +64,7 @@ class Sweep:
     max_tokens: int = 64
     seed: int = 0
     expectation: bool = True
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if unknown := [method for method in self.methods if method not in METHODS]:
@@ -84,6 +86,7 @@ class Sweep:
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "expectation": self.expectation,
+            "tensor_parallel_size": self.tensor_parallel_size,
         }
 
     def jobs(self) -> list[Job]:
@@ -100,6 +103,7 @@ class Sweep:
                 self.max_tokens,
                 self.seed,
                 self.expectation,
+                self.tensor_parallel_size,
             )
             for gamma in self.gammas
             for method in self.methods

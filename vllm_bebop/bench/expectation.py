@@ -74,7 +74,7 @@ def expected_survival(
     """`SURVIVAL[acceptance]` of the rounds that started at `anchors` of one served text.
 
     Args:
-        model: the target, usually in fp32.
+        model: the target, in the dtype served.
         token_ids: prompt and continuation.
         anchors: slots t whose next token, x[t+1], was the last one known when the round drafted; each at most
             len(token_ids) - 1 - num_steps, so that the chain ends inside the text.

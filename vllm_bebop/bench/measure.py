@@ -58,6 +58,7 @@ class Job:
     max_tokens: int
     seed: int
     expectation: bool
+    tensor_parallel_size: int
 
     @property
     def num_ticks(self) -> int:
@@ -111,6 +112,7 @@ def _serve(job: Job) -> Iterator[_Served]:
         # drafts for none of the batch, and counts what it verifies all the same.
         max_model_len=longest + job.max_tokens + 2 * (job.num_speculative_tokens + 1),
         seed=job.seed,
+        tensor_parallel_size=job.tensor_parallel_size,
         **engine_options(),
     )
     _generate(llm, [next(iter(job.prompts.values()))[0]], 1.0, 4)  # first-use costs, kept out of the times
@@ -151,14 +153,15 @@ def _generate(llm: LLM, prompts: list[list[int]], temperature: float, max_tokens
 def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
     """For each cell, by request: expected survival of its rounds, [num_speculative_tokens, rounds]."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from vllm_bebop.bench.expectation import expected_survival
+    from vllm_bebop.draft import resolve_draft
     from vllm_bebop.train.heads import load_head
+    from vllm_bebop.train.target import find_checkpoint, load_target
 
-    device = "cpu" if on_cpu() else "cuda"
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval().to(device)
-    head = load_head(job.draft or job.model, model)
+    directory = find_checkpoint(job.model)
+    model = load_target(directory, torch.device("cpu" if on_cpu() else "cuda"))
+    head = load_head(directory if job.draft is None else resolve_draft(job.draft), model)
     for cell in served:
         yield [
             expected_survival(

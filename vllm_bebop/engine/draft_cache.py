@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_bebop.config import BebopConfigError
+from vllm_bebop.kernels.candidates import num_candidates
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
@@ -22,9 +23,11 @@ _GIB = 2**30
 class DraftCache:
     """What verification must know of q; row [slot, step]."""
 
-    logits: torch.Tensor  # [num_slots, num_steps, vocab_size], before temperature
+    logits: torch.Tensor  # [num_slots, num_steps, vocab_size or number of candidates], before temperature
+    ids: torch.Tensor | None  # [num_slots, num_steps, number of candidates] int32, whose logits those are
     logsumexp: torch.Tensor  # [num_slots, num_steps] fp32, of logits / T
     argmax: torch.Tensor  # [num_slots, num_steps] int64
+    threshold: torch.Tensor  # [num_slots, num_steps] fp32, the lowest logit that top-k and top-p left of q
 
 
 def allocate(
@@ -34,13 +37,18 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     limit_gib: float | None,
+    *,
+    candidates_only: bool = False,
 ) -> DraftCache:
     """A cache for every request, or for as many as `limit_gib` holds. Logs its size first.
 
     Raises:
         BebopConfigError: the limit holds no request at all.
     """
-    row_bytes = num_steps * vocab_size * dtype.itemsize
+    width, entry_bytes = vocab_size, dtype.itemsize
+    if candidates_only:
+        width, entry_bytes = num_candidates(vocab_size), dtype.itemsize + torch.int32.itemsize
+    row_bytes = num_steps * width * entry_bytes
     num_slots = num_requests if limit_gib is None else min(num_requests, int(limit_gib * _GIB // row_bytes))
     if num_slots == 0:
         raise BebopConfigError(
@@ -49,7 +57,7 @@ def allocate(
         )
     logger.info(
         "bebop: draft cache of %d requests x %d steps x %d logits x %d bytes = %.2f GiB",
-        num_slots, num_steps, vocab_size, dtype.itemsize, num_slots * row_bytes / _GIB,
+        num_slots, num_steps, width, entry_bytes, num_slots * row_bytes / _GIB,
     )  # fmt: skip
     if num_slots < num_requests:
         logger.warning(
@@ -58,9 +66,11 @@ def allocate(
             limit_gib, num_slots, num_requests,
         )  # fmt: skip
     return DraftCache(
-        logits=torch.zeros(num_slots, num_steps, vocab_size, dtype=dtype, device=device),
+        logits=torch.zeros(num_slots, num_steps, width, dtype=dtype, device=device),
+        ids=torch.zeros(num_slots, num_steps, width, dtype=torch.int32, device=device) if candidates_only else None,
         logsumexp=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
         argmax=torch.zeros(num_slots, num_steps, dtype=torch.int64, device=device),
+        threshold=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
     )
 
 

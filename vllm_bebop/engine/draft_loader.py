@@ -7,7 +7,11 @@ NaN first, vLLM's own loader runs, and then
 * no NaN may be left: each element was written (checks fused and stacked parameters without knowing their layout);
 * on one rank, a checksum over all elements that does not depend on their order equals that of the file's tensors.
 
-Upstream symbols: `register_model_loader`, `DefaultModelLoader.{get_all_weights, load_weights}`.
+A quantised head is loaded without either: its scales may be repeated, absent or vLLM's own. Only a file that holds an
+unquantised one is refused, unless vLLM quantises as it loads.
+
+Upstream symbols: `register_model_loader`, `DefaultModelLoader.{get_all_weights, load_weights}`, `get_tp_group`,
+`get_pp_group`, `get_dp_group`, `get_pcp_group`.
 """
 
 from __future__ import annotations
@@ -15,20 +19,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import get_dp_group, get_pcp_group, get_pp_group, get_tp_group
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_bebop.draft import DraftError, add_checksums, element_checksum, head_tensor_names
+from vllm_bebop.draft import DraftError, add_checksums, element_checksum
+from vllm_bebop.families import recognise
 
 logger = logging.getLogger("vllm.bebop")
 
-# The target's own are used: vLLM puts them in place after loading.
-_SHARED_WITH_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
+# The target's own are used: vLLM puts them in place after loading (the embedding not with pipeline parallelism).
+_SHARED_WITH_TARGET = ("lm_head", "shared_head.head", "embed_tokens")
+# Of the KV cache, if the target is quantised: vLLM's defaults stand where a checkpoint has none.
+_OPTIONAL = (".q_scale", ".k_scale", ".v_scale", ".prob_scale")
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_model_loader("bebop")
@@ -41,12 +48,24 @@ class BebopDraftLoader(DefaultModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load as vLLM does, between poisoning and checking."""
         parameters = _head_parameters(model)
-        for parameter in parameters.values():
-            parameter.data.fill_(float("nan"))
+        on_loading = any(parameter.is_meta for parameter in parameters.values())
+        quantised = on_loading or any(parameter.dtype not in _PLAIN_DTYPES for parameter in parameters.values())
+        if not quantised:
+            for parameter in parameters.values():
+                parameter.data.fill_(float("nan"))
         self._file_checksum = (0, 0, 0)
-        self._names = head_tensor_names(Path(model_config.model), model_config.hf_config.to_dict())
+        self._file_is_quantised = False
         super().load_weights(model, model_config)
 
+        if quantised:
+            if not on_loading and not self._file_is_quantised:
+                raise DraftError(
+                    f"draft {model_config.model}: vLLM built a quantised head, after the target's quantization_config, "
+                    "and the draft is not quantised: serve an unquantised target, or list the head's modules among the "
+                    "exceptions there"
+                )
+            logger.info("bebop: draft head loaded; it is quantised, and not compared with the file")
+            return
         unwritten = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
         if unwritten:
             raise DraftError(
@@ -56,15 +75,21 @@ class BebopDraftLoader(DefaultModelLoader):
         self._compare(parameters, model_config)
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """As upstream, adding up the checksum of the head's tensors as they pass."""
+        """As upstream, noting the checksum of the head's tensors as they pass, and whether any is quantised."""
+        config = model_config.hf_config.to_dict()
+        family = recognise(config)
         for name, tensor in super().get_all_weights(model_config, model):
-            if name in self._names:
-                self._file_checksum = add_checksums(self._file_checksum, element_checksum(tensor, model_config.dtype))
+            if family.is_head_tensor(name, config) and not family.is_target_copy(name, config):
+                if tensor.dtype in _PLAIN_DTYPES:
+                    checksum = element_checksum(tensor, model_config.dtype)
+                    self._file_checksum = add_checksums(self._file_checksum, checksum)
+                else:
+                    self._file_is_quantised = True
             yield name, tensor
 
     def _compare(self, parameters: dict[str, torch.nn.Parameter], model_config: Any) -> None:
         count = sum(parameter.numel() for parameter in parameters.values())
-        if get_tensor_model_parallel_world_size() > 1:
+        if not _is_the_only_rank():
             logger.info("bebop: draft head loaded, %d elements on this rank, none left unwritten", count)
             return
         held = (0, 0, 0)
@@ -79,8 +104,14 @@ class BebopDraftLoader(DefaultModelLoader):
 
 
 def _head_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    shared = _SHARED_WITH_TARGET if get_pp_group().world_size == 1 else _SHARED_WITH_TARGET[:-1]
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not any(part in name for part in _SHARED_WITH_TARGET)
+        if not any(part in name for part in shared) and not name.endswith(_OPTIONAL)
     }
+
+
+def _is_the_only_rank() -> bool:
+    """Else it may hold a part: experts are shared out over tensor, data and context parallel ranks alike."""
+    return all(group().world_size == 1 for group in (get_tp_group, get_pp_group, get_dp_group, get_pcp_group))

@@ -7,6 +7,7 @@ worker in there (multiprocessing and Ray executors alike). A public hook for spe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_bebop.config import BebopConfigError, Translation, translate
+from vllm_bebop.config import BebopConfigError, Translation, switched_on, translate
 from vllm_bebop.engine.lifeline import announce_server
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
@@ -32,9 +33,15 @@ def install() -> None:
     @functools.wraps(original)
     def create_speculative_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         if "bebop" not in (self.additional_config or {}):  # a second call finds its own translation and keeps it
-            translation = translate(_as_given(self), os.environ)
+            given = _as_given(self)
+            translation = translate(given, os.environ)
             if translation is not None:
                 _apply(self, translation, *_target_configs(*args, **kwargs))
+            elif given is not None and switched_on(os.environ):
+                logger.warning(
+                    'VLLM_BEBOP=1 has no effect on method %r: bebop takes over "mtp" and its "..._mtp" aliases only',
+                    given.get("method"),
+                )
         return original(self, *args, **kwargs)
 
     create_speculative_config._bebop_original = original  # type: ignore[attr-defined]
@@ -62,12 +69,20 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     require_supported_vllm()
     if not isinstance(args.additional_config, dict):
         raise BebopConfigError("'additional_config' must be a dict (or unset): bebop's options travel in it")
-    draft_dir = _check_draft(translation, model_config)
-    speculative_config = translation.speculative_config | {
-        "draft_load_config": {"load_format": "bebop", "download_dir": args.download_dir},
-    }
-    if draft_dir is not None:
-        speculative_config["model"] = str(draft_dir)
+    if translation.draft is not None and _is_the_target(translation, model_config):
+        translation = dataclasses.replace(translation, draft=None, revision=None)
+    if translation.draft is None:
+        _check_own_head(model_config)
+    else:
+        _check_draft(translation, model_config, parallel_config)
+    # As the target is loaded, but for the format, and for options that only concern that.
+    load_config = dataclasses.asdict(args.create_load_config())
+    load_config |= {"load_format": "bebop", "model_loader_extra_config": {}}
+    speculative_config = translation.speculative_config | {"draft_load_config": load_config}
+    if translation.draft is not None:  # a Hub id as it is: other nodes have caches of their own
+        path = Path(translation.draft).expanduser()
+        speculative_config["model"] = str(path) if path.exists() else translation.draft
+        speculative_config["revision"] = translation.revision
 
     worker_cls = parallel_config.worker_cls
     # A framework's own worker is composed with: our module builds a subclass of the class named in the brackets.
@@ -83,23 +98,46 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
         "bebop: %d speculative tokens, %s acceptance, draft head from %s",
         speculative_config["num_speculative_tokens"],
         translation.config.acceptance,
-        draft_dir or "the target's own checkpoint",
+        translation.draft or "the target's own checkpoint",
     )
 
 
-def _check_draft(translation: Translation, model_config: Any) -> Path | None:
-    """Refuse an unusable head before any model loads; returns the draft's directory, None for the target's own head."""
+def _is_the_target(translation: Translation, model_config: Any) -> bool:
+    """Whether the draft named is the target itself: its path, or its Hub id."""
+    draft, target = str(translation.draft), Path(model_config.model)
+    if translation.revision not in (None, model_config.revision):
+        return False
+    in_hub_cache = f"models--{draft.replace('/', '--')}" in target.parts  # where vLLM looks for a Hub id when offline
+    return in_hub_cache or Path(draft).expanduser().resolve() == target.resolve()
+
+
+def _check_own_head(model_config: Any) -> None:
+    """Refuse a target without a usable head of its own before it loads."""
     from vllm_bebop import draft as drafts
 
+    drafts.refuse_misread_path(model_config.model)
+    if getattr(model_config, "model_weights", ""):
+        raise BebopConfigError(
+            "the target's weights are streamed from object storage, where its own head cannot be read: give the head "
+            "as a draft, a directory or a Hub repository named by 'model'"
+        )
+    if Path(model_config.model).is_dir():  # a Hub id may not be downloaded yet; then the loader checks
+        drafts.inspect_checkpoint_head(model_config.model)
+
+
+def _check_draft(translation: Translation, model_config: Any, parallel_config: Any) -> None:
+    """Refuse an unusable draft before any model loads."""
+    from vllm_bebop import draft as drafts
+
+    if parallel_config.pipeline_parallel_size > 1:
+        raise BebopConfigError(
+            f"'model': {translation.draft!r} cannot be served with pipeline parallelism, where vLLM gives a draft no "
+            "embedding: serve without it, or stitch the draft into its target (`bebop merge`) and serve that"
+        )
     target_config = model_config.hf_config.to_dict()
-    if translation.draft is None:
-        target_dir = Path(model_config.model)
-        if target_dir.is_dir():  # a Hub id may not be downloaded yet; then the loader checks
-            drafts.inspect_checkpoint_head(target_dir)
-        return None
+    assert translation.draft is not None
     path = drafts.resolve_draft(translation.draft, translation.revision)
-    drafts.refuse_misread_path(path)
     draft = drafts.read_draft(path, target_config, target_dir=model_config.model)
+    drafts.refuse_quantised_head(draft, target_config)
     for warning in draft.warnings:
         logger.warning("bebop: %s", warning)
-    return path

@@ -5,15 +5,15 @@ request that sits out a step. `V1Requests` supplies what is missing, read from t
 vLLM's own with one method or two replaced.
 
 Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_last_draft_probs}`, `Sampler.sample`,
-`RejectionSampler.forward`, `GPUModelRunner.{input_batch, requests, positions, query_start_loc}`.
+`RejectionSampler.forward`, `apply_top_k_top_p`, `GPUModelRunner.{input_batch, requests, positions, query_start_loc}`.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -24,8 +24,19 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_bebop.config import BebopConfig
+from vllm_bebop.engine.seeding import seed_source
+from vllm_bebop.kernels.block_reference import accept_block
+from vllm_bebop.kernels.filters import Filters
 from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE, sample_reference, verify_reference
+from vllm_bebop.kernels.reference import (
+    GREEDY_TEMPERATURE,
+    Rule,
+    accept_one_by_one,
+    sample_reference,
+    verify_reference,
+)
+
+logger = logging.getLogger("vllm.bebop")
 
 # A token drawn straight from the target uses the noise of a bonus token, so a seeded request is served the same text
 # whether or not its neighbours in the batch happen to speculate.
@@ -34,39 +45,51 @@ _TARGET_STREAMS = (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     """Exchange the proposer; called once the runner exists, before weights are loaded."""
+    if not hasattr(runner, "drafter"):  # not the last pipeline rank
+        return
     if type(runner.drafter) is not EagleProposer:
         raise TypeError(f"bebop cannot draft with {type(runner.drafter).__name__}; see `bebop doctor --model ...`")
     runner.drafter.__class__ = BebopProposer
-    runner.drafter.requests = V1Requests(runner, runner.model_config.seed)
+    runner.drafter.requests = V1Requests(runner)
     runner.drafter.one_hot = config.acceptance == "target_only"
+    runner.drafter.in_blocks = config.acceptance == "block"
 
 
 def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     """Exchange both samplers: seeded noise has to be the same whichever of them a step happens to use."""
+    if not hasattr(runner, "drafter"):
+        return
+    if runner.device.type == "cuda":
+        logger.warning("bebop: on model runner V1 the sampler is plain PyTorch, which is slow on a GPU; V2 has kernels")
     requests = runner.drafter.requests
     runner.sampler.__class__ = BebopSampler
     runner.sampler.requests = requests
     runner.rejection_sampler.__class__ = BebopRejectionSampler
     runner.rejection_sampler.requests = requests
+    rule = accept_block if config.acceptance == "block" else accept_one_by_one
+    runner.sampler.rule = runner.rejection_sampler.rule = rule
 
 
 @dataclass
 class Draft:
     """One request's last proposal: what verification must know of q.
 
+    token_ids: [num_speculative_tokens] int64.
     logits: [num_speculative_tokens, vocab_size], pre-temperature; None for one-hot drafts.
+    threshold: [num_speculative_tokens], the lowest logit that top-k and top-p left of each row.
     """
 
+    token_ids: torch.Tensor
     logits: torch.Tensor | None
+    threshold: torch.Tensor | None
 
 
 class V1Requests:
     """Per-request facts for one engine: noise seed, absolute positions, the last draft."""
 
-    def __init__(self, runner: Any, engine_seed: int):
+    def __init__(self, runner: Any):
         self._runner = runner
-        # Every tensor-parallel rank sees requests in the same order, so all ranks draw the same seeds.
-        self._seed_source = np.random.default_rng(engine_seed)
+        self._seed_source = seed_source(runner)
         self._drafts: dict[str, Draft] = {}
 
     def ids(self, batch_size: int) -> list[str]:
@@ -101,16 +124,34 @@ class V1Requests:
             row_indices = self._runner.query_start_loc.gpu[1 : batch_size + 1].long() - 1
         return self._runner.positions[row_indices].long() + 1
 
-    def remember(self, request_ids: list[str], logits: torch.Tensor | None) -> None:
-        """Keep the proposals just made. logits: [batch, num_speculative_tokens, vocab_size] or None (one-hot)."""
+    def remember(
+        self,
+        request_ids: list[str],
+        token_ids: torch.Tensor,
+        logits: torch.Tensor | None,
+        threshold: torch.Tensor | None,
+    ) -> None:
+        """Keep the proposals just made, [batch, num_speculative_tokens, ...] as in `Draft`."""
         alive = self._runner.requests
         self._drafts = {id_: draft for id_, draft in self._drafts.items() if id_ in alive}
         for row, id_ in enumerate(request_ids):
-            self._drafts[id_] = Draft(None if logits is None else logits[row])
+            q = (None if each is None else each[row] for each in (logits, threshold))
+            self._drafts[id_] = Draft(token_ids[row].long(), *q)
 
     def take(self, batch_size: int) -> list[Draft | None]:
         """The drafts of this batch, each handed out once: what a step verified must not be matched to later drafts."""
         return [self._drafts.pop(id_, None) for id_ in self.ids(batch_size)] or [None] * batch_size
+
+    def is_ruled_out(self, row: int, draft: Draft | None, step: int, logits: torch.Tensor) -> bool:
+        """Whether a grammar forbids the draft of this step; the scheduler has then dropped it and all after it.
+
+        It was drawn from q all the same. The token in its place must come from max(0, p - q): drawn from p, the law of
+        structured outputs would be off by what q has outside the grammar. logits: [vocab_size], under the grammar.
+        """
+        if draft is None or draft.logits is None or step >= len(draft.token_ids):
+            return False
+        params = self._runner.requests[self._runner.input_batch.req_ids[row]].sampling_params
+        return params.structured_outputs is not None and bool(logits[draft.token_ids[step]] == float("-inf"))
 
 
 class BebopProposer(EagleProposer):
@@ -118,6 +159,7 @@ class BebopProposer(EagleProposer):
 
     requests: V1Requests
     one_hot: bool
+    in_blocks: bool  # drafts are verified as a block, so their noise must be this round's own
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         metadata = kwargs["common_attn_metadata"]
@@ -129,12 +171,15 @@ class BebopProposer(EagleProposer):
         positions = positions[0] if positions.ndim == 2 else positions  # M-RoPE: text positions agree on all axes
         # Slot t is fed x_{t+1} and h_t, and drafts x_{t+2}.
         self._next_positions = positions[last_rows.long()].long() + 2
+        self._rounds = self._next_positions if self.in_blocks else None
         self._seeds = self.requests.seeds(batch_size)
-        self._step_logits: list[torch.Tensor] = []
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         draft_token_ids = super().propose(*args, **kwargs)
-        logits = torch.stack(self._step_logits, dim=1) if self._step_logits else None
-        self.requests.remember(self.requests.ids(batch_size), logits)
-        self._step_logits = []
+        logits, threshold = (
+            (torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True)) if self._rows else (None, None)
+        )
+        self.requests.remember(self.requests.ids(batch_size), draft_token_ids, logits, threshold)
+        self._rows = []
         return draft_token_ids
 
     def _sample_draft_tokens(
@@ -143,8 +188,16 @@ class BebopProposer(EagleProposer):
         if self.one_hot or sampling_metadata.all_greedy:
             return self._greedy_sample(hidden_states), None
         logits = self.model.compute_logits(hidden_states)
-        sample = sample_reference(logits, sampling_metadata.temperature, self._seeds, self._next_positions)
-        self._step_logits.append(logits)
+        sample = sample_reference(
+            logits,
+            sampling_metadata.temperature,
+            self._seeds,
+            self._next_positions,
+            rounds=self._rounds,
+            # As the target is filtered (upstream's drafts are not): what it cannot say would only be rejected.
+            filters=Filters(sampling_metadata.top_k, sampling_metadata.top_p),
+        )
+        self._rows.append((logits, sample.threshold))
         self._next_positions = self._next_positions + 1
         return sample.token_ids, None
 
@@ -153,21 +206,40 @@ class BebopSampler(Sampler):
     """vLLM's sampler with the last step, the draw itself, made by the request's own seed and position."""
 
     requests: V1Requests
+    rule: Rule
 
     def sample(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size = logits.shape[0]
-        self.requests.take(batch_size)
+        drafts = list(enumerate(self.requests.take(batch_size)))
+        ruled_out = [row for row, draft in drafts if self.requests.is_ruled_out(row, draft, 0, logits[row])]
         logits = _apply_policy(logits, sampling_metadata)
         temperature = _temperature(sampling_metadata, batch_size, logits.device)
+        seeds, positions = self.requests.seeds(batch_size), self.requests.positions(None, batch_size)
         sample = sample_reference(
             logits,
             torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # the logits carry it already
-            self.requests.seeds(batch_size),
-            self.requests.positions(None, batch_size),
+            seeds,
+            positions,
             streams=_TARGET_STREAMS,
         )
+        for row in ruled_out:
+            draft = drafts[row][1]
+            assert draft is not None and draft.logits is not None and draft.threshold is not None
+            one = torch.tensor([row], device=logits.device)
+            sample.token_ids[row] = verify_reference(
+                logits[[row, row]],  # the second is never reached
+                draft.token_ids[None, :1],
+                draft.logits[None, :1],
+                torch.ones_like(one),
+                temperature[one],
+                seeds[one],
+                positions[one],
+                draft_threshold=draft.threshold[None, :1],
+                target_is_processed=True,
+                rule=self.rule,
+            ).token_ids[0, 0]
         mode = logprobs_mode_override or self.logprobs_mode
         processed = None
         if sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids:
@@ -178,10 +250,22 @@ class BebopSampler(Sampler):
         return sample.token_ids, processed
 
 
+class Drafts(NamedTuple):
+    """The drafts of a batch, for verification."""
+
+    num_tokens: torch.Tensor  # [B]
+    rows: torch.Tensor  # [sum(num_tokens + 1)], the rows of the target's logits
+    token_ids: torch.Tensor  # [B, max_drafts]; -1: q unknown, rejected
+    logits: torch.Tensor | None  # [B, max_drafts, vocab_size]
+    threshold: torch.Tensor  # [B, max_drafts]
+    one_hot: torch.Tensor  # [B] bool
+
+
 class BebopRejectionSampler(RejectionSampler):
     """vLLM's rejection sampler with the verification made by `kernels.reference.verify_reference`."""
 
     requests: V1Requests
+    rule: Rule
 
     def forward(
         self,
@@ -196,19 +280,21 @@ class BebopRejectionSampler(RejectionSampler):
         num_draft_tokens = torch.tensor(metadata.num_draft_tokens, device=logits.device)
         first_rows = metadata.cu_num_sampled_tokens.long() - num_draft_tokens - 1
         processed = self._process(metadata, logits, sampling_metadata)
-        draft_token_ids, draft_logits, one_hot = self._drafts(metadata, logits.shape[-1])
+        drafts = self._drafts(metadata, logits)
         verification = verify_reference(
-            processed,
-            draft_token_ids,
-            draft_logits,
-            num_draft_tokens,
+            processed[drafts.rows],
+            drafts.token_ids,
+            drafts.logits,
+            drafts.num_tokens,
             _temperature(sampling_metadata, batch_size, logits.device),
             self.requests.seeds(batch_size),
             self.requests.positions(metadata.logits_indices[first_rows], batch_size),
-            one_hot=one_hot,
+            one_hot=drafts.one_hot,
+            draft_threshold=drafts.threshold,
             target_is_processed=True,
+            rule=self.rule,
         )
-        token_ids = verification.token_ids.to(torch.int32)
+        token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             final = processed if self.is_processed_logprobs_mode else logits.float()
@@ -236,25 +322,42 @@ class BebopRejectionSampler(RejectionSampler):
         rows_per_request = torch.tensor(metadata.num_draft_tokens, device=logits.device) + 1
         return _apply_policy(processed, sampling_metadata, rows_per_request)
 
-    def _drafts(
-        self, metadata: SpecDecodeMetadata, vocab_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Draft tokens [B, max_drafts] (-1 where q is unknown: rejected), their logits, and which are one-hot [B]."""
-        device = metadata.draft_token_ids.device
+    def _drafts(self, metadata: SpecDecodeMetadata, target_logits: torch.Tensor) -> Drafts:
+        device, vocab_size = target_logits.device, target_logits.shape[-1]
         drafts = self.requests.take(len(metadata.num_draft_tokens))
-        token_ids = torch.full((len(drafts), metadata.max_spec_len), -1, dtype=torch.int64, device=device)
+        width = metadata.max_spec_len + 1  # one more, should a grammar have ruled it out
+        token_ids = torch.full((len(drafts), width), -1, dtype=torch.int64, device=device)
+        threshold = torch.full(token_ids.shape, float("-inf"), device=device)
         logits = None
-        start = 0
+        num_tokens, rows = list(metadata.num_draft_tokens), list[int]()
+        start = 0  # of the request's drafts; its rows of logits start `row` further, as each has one more
         for row, (draft, count) in enumerate(zip(drafts, metadata.num_draft_tokens, strict=True)):
+            first_row = start + row
+            rows += range(first_row, first_row + count + 1)
             if draft is not None:
-                token_ids[row, :count] = metadata.draft_token_ids[start : start + count]
-                if draft.logits is not None:
+                scheduled = metadata.draft_token_ids[start : start + count]
+                token_ids[row, :count] = scheduled
+                step = int((scheduled >= 0).long().cumprod(0).sum())  # with asynchronous scheduling, -1 is ruled out
+                if self.requests.is_ruled_out(row, draft, step, target_logits[first_row + step]):
+                    token_ids[row, step] = draft.token_ids[step]
+                    if step == count:
+                        num_tokens[row] += 1
+                        rows.append(first_row + count)  # never reached
+                if draft.logits is not None and draft.threshold is not None:
                     if logits is None:
-                        logits = draft.logits.new_zeros(len(drafts), metadata.max_spec_len, vocab_size)
-                    logits[row, :count] = draft.logits[:count]
+                        logits = draft.logits.new_zeros(len(drafts), width, vocab_size)
+                    known = min(width, len(draft.logits))
+                    logits[row, :known] = draft.logits[:known]
+                    threshold[row, :known] = draft.threshold[:known]
             start += count
-        one_hot = torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device)
-        return token_ids, logits, one_hot
+        return Drafts(
+            num_tokens=torch.tensor(num_tokens, device=device),
+            rows=torch.tensor(rows, device=device),
+            token_ids=token_ids,
+            logits=logits,
+            threshold=threshold,
+            one_hot=torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device),
+        )
 
 
 def _apply_policy(

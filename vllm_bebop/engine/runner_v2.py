@@ -6,10 +6,12 @@ drafts. All three run the fused kernels (`kernels.backend`). `sample_draft` runs
 synchronisation, no branch on data, no lasting allocation. Its kernel stores the logits in the cache as it reads them:
 vLLM's lm_head cannot write them there, having no `out=`, a padded vocabulary, and rows in batch order.
 
-Verification reads the target's logits as they are wherever the requests of a batch ask for nothing but a temperature
-(a grammar's mask is already in them). Penalties, top-k, top-p and all else are vLLM's own to apply: then the whole
-batch is verified on its processed logits. vLLM decides which it is on the host, by a flag per slot; `_add_request`
-below makes that flag ignore the temperature.
+Verification reads the target's logits as they are wherever the requests of a batch ask for nothing but a temperature,
+top-k and top-p (a grammar's mask is already in them). Penalties and all else are vLLM's own to apply, as are top-k and
+top-p for a request that wants logprobs, which upstream computes from what it masked itself: then the whole batch is
+verified on its processed logits. vLLM decides which it is on the host, by a flag per slot that `_add_request` sets.
+
+Drafts are filtered like the target (upstream's are not): what the target cannot say would only be rejected.
 
 The argument lists of these methods differ between versions of vLLM, so each replacement takes them by name, in a dict;
 engine/versions.py says which names it needs.
@@ -21,6 +23,7 @@ top_k, top_p, min_p}`, `RejectionSampler._verify`, `RequestState.free_indices`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +35,12 @@ import torch
 from vllm_bebop.config import BebopConfig, BebopConfigError
 from vllm_bebop.engine import draft_cache
 from vllm_bebop.engine.draft_cache import DraftCache
-from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS
+from vllm_bebop.engine.seeding import seed_source
+from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS, slots_are_int32
 from vllm_bebop.kernels import backend
 from vllm_bebop.kernels.backend import Backend
+from vllm_bebop.kernels.candidates import Candidates
+from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE
 
@@ -52,11 +58,16 @@ class Tools:
     backend: Backend
     workspace: Any
     cache: DraftCache | None = None  # None for one-hot drafts
+    candidates: Candidates | None = None  # scratch of drafting, where the cache holds no more
+    filters: Filters = NO_FILTERS  # by slot, for drafting: copies that a captured graph can read
+    in_blocks: bool = False  # drafts are verified as a block
 
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     """Exchange the speculator's draw; called once the runner exists, before weights are loaded."""
     speculator = runner.speculator
+    if speculator is not None:
+        runner.drafter = speculator  # V1's name, by which RL stacks find the head that they push weights to
     if speculator is None or config.acceptance == "target_only":  # argmax drafts without a cache are upstream's own
         return
     _subclass(speculator, sample_draft=_sample_draft)
@@ -65,12 +76,23 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     speculator.draft_logits = None  # upstream's own goes before ours comes
     if device.type == "cuda":
         torch.cuda.empty_cache()  # or a smaller one would keep all its memory reserved
-    cache = draft_cache.allocate(num_requests, num_steps, vocab_size, dtype, device, config.draft_cache_gib)
+    candidates = None
+    if config.draft_cache == "candidates":
+        candidates = Candidates.allocate(num_requests, vocab_size, dtype, device)
+    cache = draft_cache.allocate(
+        num_requests, num_steps, vocab_size, dtype, device, config.draft_cache_gib,
+        candidates_only=candidates is not None,
+    )  # fmt: skip
     if cache.logits.shape[0] < num_requests:
         runner.req_states.free_indices = draft_cache.LowestFirst(runner.req_states.free_indices)
     speculator.draft_logits = cache.logits
     chosen = backend.pick(device)
-    speculator.bebop = Tools(chosen, chosen.sampling_workspace(num_requests, vocab_size, device), cache)
+    filters = Filters(
+        top_k=torch.zeros(num_requests, dtype=torch.int32, device=device),
+        top_p=torch.ones(num_requests, dtype=torch.float32, device=device),
+    )
+    workspace = chosen.sampling_workspace(num_requests, cache.logits.shape[2], device)
+    speculator.bebop = Tools(chosen, workspace, cache, candidates, filters, in_blocks=config.acceptance == "block")
 
 
 def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
@@ -81,16 +103,19 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     if getattr(rejection_sampler, "watermark_key", None) is not None:
         raise BebopConfigError("bebop's sampler puts no watermark into the text: serve without 'watermark_config'")
     states, device = sampler.sampling_states, runner.device
+    states.bebop_seeds = seed_source(runner)
     _subclass(sampler, sample=_sample)
     _subclass(states, add_request=_add_request)
     _subclass(rejection_sampler, _verify=_verify)
     size = states.max_num_reqs, states.vocab_size
-    cache = runner.speculator.bebop.cache if config.acceptance == "rejection" else None
+    drafting: Tools | None = getattr(runner.speculator, "bebop", None)
+    cache, filters = (None, NO_FILTERS) if drafting is None else (drafting.cache, drafting.filters)
     chosen = backend.pick(device)
-    sampler.bebop = Tools(chosen, chosen.sampling_workspace(*size, device))
+    sampler.bebop = Tools(chosen, chosen.sampling_workspace(*size, device), filters=filters)
     num_steps = rejection_sampler.num_speculative_steps
     workspace = chosen.verification_workspace(size[0], num_steps, size[1], device, with_draft_statistics=False)
-    rejection_sampler.bebop = Tools(chosen, workspace, cache)
+    in_blocks = config.acceptance == "block"
+    rejection_sampler.bebop = Tools(chosen, workspace, cache, filters=filters, in_blocks=in_blocks)
     _compile_ahead(runner)
 
 
@@ -99,11 +124,12 @@ def _compile_ahead(runner: Any) -> None:
     sampler, device = runner.sampler, runner.device
     num_rows = runner.rejection_sampler.num_speculative_steps + 1
     rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    slots = rows.int() if slots_are_int32() else rows
     given: Arguments = {
         "logits": torch.zeros(num_rows, runner.vocab_size, dtype=runner.model_config.head_dtype, device=device),
-        "idx_mapping": rows[:1],
+        "idx_mapping": slots[:1],
         "idx_mapping_np": np.zeros(1, dtype=np.int64),
-        "expanded_idx_mapping": rows,
+        "expanded_idx_mapping": slots,
         "expanded_local_pos": rows,
         "pos": rows,
         "input_ids": rows,
@@ -122,12 +148,17 @@ def _subclass(instance: Any, **replacements: Callable[[Any, Arguments], Any]) ->
 
 
 def _by_name(upstream: Callable[..., Any], function: Callable[[Any, Arguments], Any]) -> Callable[..., Any]:
-    names = list(inspect.signature(upstream).parameters)[1:]
+    names = _parameters(upstream)[1:]
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return function(self, dict(zip(names, args, strict=False)) | kwargs)
 
     return method
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
@@ -140,18 +171,31 @@ def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
     else:
         logits = speculator.model.compute_logits(hidden_states)
     ((name, offset),) = ((name, offset) for name, offset in DRAFT_POSITION_ARGUMENTS.items() if name in given)
-    return ours.backend.sample(
-        logits.to(ours.cache.logits.dtype),  # q is what verification reads back: the logits as they are stored
+    positions, slots, step = given[name] + offset, given["idx_mapping"], given["draft_step"]
+    logits = logits.to(ours.cache.logits.dtype)  # q is what verification reads back: the logits as they are stored
+    if ours.candidates is not None:
+        found = ours.backend.find_candidates(
+            logits, slots=slots, cache_ids=ours.cache.ids, step=step, out=ours.candidates
+        )
+        logits = found.logits
+    token_ids = ours.backend.sample(
+        logits,
         given["temperature"],
         given["seeds"],
-        given[name] + offset,
-        slots=given["idx_mapping"],
+        positions,
+        slots=slots,
+        rounds=positions - step if ours.in_blocks else None,
+        filters=ours.filters,
         cache=ours.cache.logits,
         cache_logsumexp=ours.cache.logsumexp,
         cache_argmax=ours.cache.argmax,
-        step=given["draft_step"],
+        cache_threshold=ours.cache.threshold,
+        step=step,
         workspace=ours.workspace,
     ).token_ids
+    if ours.candidates is not None:
+        token_ids = found.ids.gather(1, token_ids[:, None]).squeeze(1).long().clamp_(min=0)  # -1: a padding row's
+    return token_ids
 
 
 def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,15 +204,25 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     sampler = rejection_sampler.sampler
     states = sampler.sampling_states
     logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
-    # A grammar may have ruled out drafts that only verification must not see (newer versions).
-    drafted: torch.Tensor = given["verify_draft_sampled" if "verify_draft_sampled" in given else "draft_sampled"]
+    drafted: torch.Tensor = given["draft_sampled"]
+    if "verify_draft_sampled" in given:  # -1 from the first draft that a grammar rules out (newer versions)
+        # That one was drawn from q all the same: it is rejected, as p has none of it, and the token in its place comes
+        # from max(0, p - q). What follows is never reached.
+        cut: torch.Tensor = given["verify_draft_sampled"]
+        is_first = (cut < 0) & (torch.roll(cut, 1) >= 0)
+        drafted = torch.where(is_first, drafted, cut)
     first_rows = given["cu_num_logits"][:-1]
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1.
     steps = torch.arange(1, rejection_sampler.num_speculative_steps + 1, device=drafted.device)
     draft_rows = (first_rows[:, None] + steps).clamp_(max=drafted.shape[0] - 1)
     kept = {}
     if ours.cache is not None:
-        kept = {"draft_logsumexp": ours.cache.logsumexp, "draft_argmax": ours.cache.argmax}
+        kept = {
+            "draft_logsumexp": ours.cache.logsumexp,
+            "draft_argmax": ours.cache.argmax,
+            "draft_threshold": ours.cache.threshold,
+            "draft_ids": ours.cache.ids,
+        }
     verification = ours.backend.verify(
         logits,
         drafted[draft_rows],
@@ -180,6 +234,8 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
         slots=given["idx_mapping"],
         first_rows=first_rows,
         target_is_processed=logits is not given["logits"],
+        filters=_filters(ours, states, given, logits),
+        block=ours.in_blocks,
         workspace=ours.workspace,
         **kept,
     )
@@ -203,30 +259,43 @@ def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]
         given["pos"] + 1,
         slots=given["expanded_idx_mapping"],
         streams=_TARGET_STREAMS,
+        filters=_filters(ours, states, given, logits),
         workspace=ours.workspace,
     )
     processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
     return sample.token_ids.clone(), processed  # vLLM copies it to the host while the next step may be running
 
 
+def _filters(ours: Tools, states: Any, given: Arguments, logits: torch.Tensor) -> Filters:
+    """What is left to filter of the target's logits; and the drafts of the coming round learn of new requests."""
+    asked = Filters(states.top_k.gpu, states.top_p.gpu)
+    if ours.filters.are_asked_for:
+        ours.filters.top_k.copy_(asked.top_k)
+        ours.filters.top_p.copy_(asked.top_p)
+    slots = given["idx_mapping_np"]
+    is_left = logits is given["logits"] and any(_is_filtered(states, slot) for slot in slots)
+    return asked if is_left else NO_FILTERS
+
+
+def _is_filtered(states: Any, slot: int) -> bool:
+    return states.top_k.np[slot] != states.vocab_size or states.top_p.np[slot] != 1.0
+
+
 def _add_request(states: Any, given: Arguments) -> bool:
-    """Whether the request's logits need vLLM's own processing: for all that upstream checks but the temperature."""
+    """Whether the request's sampling parameters need vLLM's own processing."""
     upstream: Any = type(states).__mro__[1]
     upstream.add_request(states, **given)
     slot = given["req_idx"]
-    return bool(
-        states.temperature.np[slot] != 0.0
-        and (
-            states.top_k.np[slot] != states.vocab_size
-            or states.top_p.np[slot] != 1.0
-            or states.min_p.np[slot] != 0.0
-        )
-    )  # fmt: skip
+    if given["sampling_params"].seed is None:
+        states.seeds.np[slot] = states.bebop_seeds.integers(2**63)
+    wants_logprobs = states.max_num_logprobs(np.array([slot])) >= 0
+    is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _is_filtered(states, slot))
+    return bool(states.temperature.np[slot] != 0.0 and is_left)
 
 
 def _logits_to_sample(sampler: Any, given: Arguments) -> torch.Tensor:
     """The given logits themselves where nothing but a temperature applies, else upstream's processed logits in fp32."""
-    wanted = inspect.signature(sampler.apply_sampling_params).parameters
+    wanted = _parameters(type(sampler).apply_sampling_params)
     return sampler.apply_sampling_params(**{name: given[name] for name in wanted if name in given})
 
 

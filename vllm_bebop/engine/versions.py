@@ -1,8 +1,8 @@
 """Which vLLM bebop runs on, and what it needs of it: one table, checked when a config asks for bebop.
 
 A version enters `TESTED_VERSIONS` only once the engine tests have passed on it (`make test-versions`). Versions being
-equal is not enough: every upstream symbol a seam relies on is looked up and its parameters compared, so that a patched
-or vendored vLLM fails at the start, by name, and not in the middle of a rollout.
+equal is not enough: every upstream function that is replaced or called is looked up and its parameters compared, so
+that a patched or vendored vLLM fails at the start, by name, and not in the middle of a rollout.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _INTAKE = (
         ("target_model_config", "target_parallel_config"),
         "engine/intake.py",
     ),
+    Seam("vllm.engine.arg_utils:EngineArgs.create_load_config", (), "engine/intake.py"),
     Seam("vllm.model_executor.model_loader:register_model_loader", ("load_format",), "engine/draft_loader.py"),
     Seam(
         "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights",
@@ -46,8 +47,16 @@ _INTAKE = (
         ("model", "model_config"),
         "engine/draft_loader.py",
     ),
+    Seam("vllm.distributed.parallel_state:get_tp_group", (), "engine/draft_loader.py"),
+    Seam("vllm.distributed.parallel_state:get_pp_group", (), "engine/draft_loader.py"),
+    Seam("vllm.distributed.parallel_state:get_dp_group", (), "engine/draft_loader.py"),
+    Seam("vllm.distributed.parallel_state:get_pcp_group", (), "engine/draft_loader.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.init_device", (), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.load_model", (), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.sleep", ("level",), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.wake_up", ("tags",), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.get_model", (), "engine/sleeping_head.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.get_draft_model", (), "engine/sleeping_head.py"),
 )
 _RUNNER_V1 = (
     Seam(
@@ -68,6 +77,7 @@ _RUNNER_V1 = (
         "engine/runner_v1.py",
     ),
     Seam("vllm.v1.sample.sampler:Sampler.apply_temperature", ("logits", "temp", "all_random"), "engine/runner_v1.py"),
+    Seam("vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", ("logits", "k", "p"), "engine/runner_v1.py"),
     Seam(
         "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
         ("metadata", "draft_probs", "logits", "sampling_metadata"),
@@ -127,6 +137,12 @@ _RUNNER_V2 = (
 DRAFT_POSITION_ARGUMENTS = {"positions": 2, "sample_src_positions": 1}
 
 
+def slots_are_int32() -> bool:
+    """Whether model runner V2 counts request slots in int32 (until 0.31) or in int64."""
+    major, minor, *_ = installed_vllm().split(".")
+    return (int(major), int(minor)) < (0, 32)
+
+
 def installed_vllm() -> str:
     """vLLM's version, without a local tag such as "+cpu"."""
     import vllm
@@ -180,5 +196,5 @@ def check_versions() -> list[tuple[str, bool, str]]:
     problems = missing_seams()
     return [
         ("vLLM version", _tested(version), f"{version} (tested: {', '.join(v + '.*' for v in TESTED_VERSIONS)})"),
-        ("vLLM's seams", not problems, "; ".join(problems) or "every symbol bebop relies on is there"),
+        ("vLLM's seams", not problems, "; ".join(problems) or "every function that bebop replaces or calls is there"),
     ]

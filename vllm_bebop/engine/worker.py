@@ -4,14 +4,15 @@
 `...Worker[their/module/TheirWorker]` where a framework had set a worker of its own: attributes of this module are made
 on demand, each a subclass of the worker it stands for. `--worker-extension-cls` composes with either.
 
-Upstream symbols: `Worker.init_device`, `Worker.load_model`, `model_runner.{drafter, sampler, rejection_sampler}` (model
-runner V1), `model_runner.{speculator, sampler, rejection_sampler}` (V2).
+Upstream symbols: `Worker.{init_device, load_model, sleep, wake_up, use_v2_model_runner}`, `model_runner.{drafter,
+sampler, rejection_sampler}` (model runner V1), `model_runner.{speculator, sampler, rejection_sampler}` (V2).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -19,12 +20,15 @@ from vllm_bebop.config import BebopConfig, BebopConfigError
 from vllm_bebop.engine import (
     draft_loader,  # noqa: F401  (registers the load format "bebop")
     lifeline,
+    sleeping_head,
 )
 
 
 def _worker_over(base: type) -> type:
     class Worker(base):  # type: ignore[misc, valid-type]
         """See the module's docstring."""
+
+        _kept_head: dict[str, torch.Tensor] = {}
 
         def init_device(self) -> None:
             lifeline.follow_server()
@@ -35,13 +39,23 @@ def _worker_over(base: type) -> type:
             super().load_model(*args, **kwargs)
             _seams(self).upgrade_sampling(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
 
+        def sleep(self, level: int = 1) -> None:
+            self._kept_head = sleeping_head.copy_head(self) if level == 2 else {}
+            super().sleep(level)
+
+        def wake_up(self, tags: list[str] | None = None) -> None:
+            super().wake_up(tags)
+            if tags is None or "weights" in tags:
+                sleeping_head.restore_head(self, self._kept_head)
+                self._kept_head = {}
+
     Worker.__module__ = __name__
     return Worker
 
 
 def _seams(worker: Any) -> Any:
     """The module that knows the model runner in use."""
-    if getattr(worker, "use_v2_model_runner", False):
+    if worker.use_v2_model_runner:
         from vllm_bebop.engine import runner_v2
 
         return runner_v2

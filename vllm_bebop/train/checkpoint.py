@@ -1,4 +1,4 @@
-"""Training state on disk: written beside, renamed, checksummed; what is damaged or unfinished is never loaded.
+"""Training state on disk: whole or absent (`durable`), and checksummed; what is damaged is never loaded.
 
 RUN/checkpoint-00000200/state.pt         what `save` was given
 RUN/checkpoint-00000200/complete.json    its update number and SHA-256, written last
@@ -6,14 +6,15 @@ RUN/checkpoint-00000200/complete.json    its update number and SHA-256, written 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-_PREFIX, _TEMPORARY = "checkpoint-", ".unfinished-"
+from vllm_bebop.durable import new_directory
+
+_PREFIX = "checkpoint-"
 _KEEP = 2
 
 
@@ -30,22 +31,13 @@ def save(run: Path, update: int, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or read-only. Nothing unfinished stays behind, earlier checkpoints are untouched.
     """
-    for left_behind in run.glob(f"{_TEMPORARY}*"):  # by a process that was killed; only one writes
+    for left_behind in run.glob(f".{_PREFIX}*"):  # by a process that was killed; only one writes
         shutil.rmtree(left_behind, ignore_errors=True)
-    destination = run / f"{_PREFIX}{update:08}"
-    temporary = run / f"{_TEMPORARY}{update:08}-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
+    with new_directory(run / f"{_PREFIX}{update:08}") as directory:
+        with open(directory / "state.pt", "wb") as file:
             torch.save(state, file)
-            _to_disk(file)
-        with open(temporary / "complete.json", "w") as file:
-            json.dump({"update": update, "sha256": _sha256(temporary / "state.pt")}, file)
-            _to_disk(file)
-        shutil.rmtree(destination, ignore_errors=True)
-        os.replace(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        record = {"update": update, "sha256": _sha256(directory / "state.pt")}
+        (directory / "complete.json").write_text(json.dumps(record))
     for old in _checkpoints(run)[_KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -69,11 +61,6 @@ def load_newest(run: Path) -> Checkpoint | None:
 def _checkpoints(run: Path) -> list[Path]:
     """Newest first."""
     return sorted(run.glob(f"{_PREFIX}*"), reverse=True)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

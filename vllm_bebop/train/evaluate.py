@@ -1,7 +1,7 @@
 """Predicted acceptance of a head on given text: exact over the drafts, so that only the choice of text is noise.
 
 For every chain (row t, steps j = 0 .. gamma - 1) that training would use, with p the target's distribution under the
-sampling policy and q the draft's, which knows the temperature alone, as vLLM serves them (arXiv:2606.12370, Eqs. 1, 2):
+sampling policy and q the draft's, filtered alike, as bebop serves them (arXiv:2606.12370, Eqs. 1, 2):
 
     alpha_j = sum_v min(p_j, q_j)        rejection sampling: drafts drawn from q, accepted with min(1, p/q)
     p_j(argmax q_j)                      target-only: greedy drafts, accepted with p
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from vllm_bebop.train.heads import MTPHead, load_head
 from vllm_bebop.train.losses import SamplingPolicy
 from vllm_bebop.train.objective import trained_chains
 from vllm_bebop.train.rollout import rollout_hidden_states, target_hidden_states
-from vllm_bebop.train.run import load_target
+from vllm_bebop.train.target import find_checkpoint, load_target
 
 ENTROPY_EDGES = (0.0, 0.01, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, float("inf"))  # nats
 POSITION_EDGES = (0, 64, 256, 1024, 4096, 16384, 65536, float("inf"))  # output tokens
@@ -141,8 +140,10 @@ def chain_statistics(
 
 def _statistics(draft: Tensor, teacher: Tensor, token_ids: Tensor, lm_head: Tensor, policy: SamplingPolicy) -> Tensor:
     """[6, n] fp32 of n rows; draft and teacher are hidden states [n, hidden_size], token_ids [n] the text's tokens."""
-    log_p = policy.filter(F.linear(teacher, lm_head).float() / policy.temperature).log_softmax(-1)
-    log_q = (F.linear(draft, lm_head).float() / policy.temperature).log_softmax(-1)
+    log_p, log_q = (
+        policy.filter(F.linear(hidden, lm_head).float() / policy.temperature).log_softmax(-1)
+        for hidden in (teacher, draft)
+    )
     p, greedy = log_p.exp(), log_q.argmax(-1)
     overlap = torch.minimum(p, log_q.exp()).sum(-1)
     target_only = p.gather(-1, greedy[:, None])[:, 0]
@@ -235,14 +236,14 @@ def evaluate_files(
     Args:
         model_name: the target, a directory or a Hub id. Runs on the GPU in its own dtype, or on the CPU in fp32.
         draft: directory or Hub id; None for the target's own head.
-        data: a JSONL or Parquet file by domain.
+        data: a JSONL or Parquet file by domain; lines that were sampled with another policy are left out, as bad.
         policy: None is what the draft was trained for, or else plain sampling at temperature 1.
         max_documents: per file, from its beginning.
     Raises:
         CheckpointError: the draft or the target's head is unusable. DataError: a file is.
         EvaluationError: see `evaluate`.
     """
-    directory = Path(model_name) if Path(model_name).is_dir() else Path(snapshot_download(model_name))
+    directory = find_checkpoint(model_name)
     config = read_json(directory / CONFIG_FILE)
     metadata: Mapping[str, Any] = {}
     head_directory = directory
@@ -259,7 +260,8 @@ def evaluate_files(
     tokenizer = AutoTokenizer.from_pretrained(directory) if any(directory.glob("tokenizer*")) else None
     documents = {}
     for domain, path in data.items():
-        loaded = load_documents([path], tokenizer, text_config(config)["vocab_size"], num_steps)
+        vocab_size, sampling = text_config(config)["vocab_size"], asdict(policy)
+        loaded = load_documents([path], tokenizer, vocab_size, num_steps, sampling=sampling)
         print(f"{domain}: {loaded}")
         documents[domain] = texts(loaded)[:max_documents]
     model = load_target(directory, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

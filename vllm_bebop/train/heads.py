@@ -27,7 +27,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from vllm_bebop.families import PER_EXPERT, STACKED, recognise
 from vllm_bebop.head_checks import is_quantised
 from vllm_bebop.tensor_files import TensorEntry, list_tensors, read_tensors
-from vllm_bebop.train.chain_attention import CHAIN_ATTENTION, StepKeys
+from vllm_bebop.train.chain_attention import CHAIN_ATTENTION, Packing, StepKeys
 
 
 class _Names(NamedTuple):
@@ -147,7 +147,7 @@ class MTPHead(nn.Module):
         hidden_states: Tensor,
         positions: Tensor,
         keys: StepKeys,
-        mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One draft step for every row, each row an anchor with a chain of its own.
 
@@ -157,8 +157,7 @@ class MTPHead(nn.Module):
                 `family.hidden_in` says (`rollout.target_hidden_states`); then the second result of the last step.
             positions: [batch, rows] int64, for the rotary embedding.
             keys: of the steps before, empty at step 0; this step's are appended.
-            mask: bool [batch, 1, rows, rows], which rows' step-0 keys each row may see, at least its own; None is
-                causal.
+            packing: where documents begin; None: every batch entry is one.
         Returns:
             What the logits are computed from, and what the next step is fed; both [batch, rows, hidden_size].
         """
@@ -168,7 +167,7 @@ class MTPHead(nn.Module):
         hidden_states = hidden_states.to(self.dtype)
         normed = {"embedding": self.norm_embedding(embedding), "hidden": self.norm_hidden(hidden_states)}
         x = self.project(torch.cat([normed[part] for part in self.family.concat], dim=-1))
-        out = self.layer(x, position_embeddings=self.rotary(x, positions), attention_mask=mask, keys=keys)
+        out = self.layer(x, position_embeddings=self.rotary(x, positions), attention_mask=packing, keys=keys)
         normed_out = self.norm(out)
         return normed_out, normed_out if self.family.hidden_recycled == "post_norm" else out
 

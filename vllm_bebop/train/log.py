@@ -1,11 +1,12 @@
 """What training reports as it goes: one JSON object per update in log.jsonl, and the same figures in TensorBoard."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
+
+from vllm_bebop.durable import write_file
 
 
 class TrainingLog:
@@ -57,6 +58,4 @@ def _keep_updates(path: Path, update: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_file(path, "".join(kept).encode())

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from vllm_bebop.train import checkpoint
 from vllm_bebop.train.backbone import packed_hidden_states
 from vllm_bebop.train.data import PackedRows, Row
 from vllm_bebop.train.heads import MTPHead
+from vllm_bebop.train.hidden_states import HiddenStates
 from vllm_bebop.train.log import TrainingLog
 from vllm_bebop.train.losses import LOSSES, SamplingPolicy
 from vllm_bebop.train.objective import Rollout, accepted_drafts, head_objective, trained_chains
@@ -80,8 +82,8 @@ def updates_per_epoch(rows: PackedRows, settings: Settings, processes: Processes
     """
     if settings.batch_rows % processes.data_parallel:
         raise TrainingError(
-            f"batch_rows {settings.batch_rows} does not divide by the {processes.data_parallel} processes "
-            "that share them out"
+            f"batch_rows {settings.batch_rows} does not divide by the {processes.data_parallel} processes that share "
+            f"them out: choose a multiple of {processes.data_parallel}"
         )
     if len(rows) < settings.batch_rows:
         raise TrainingError(
@@ -100,6 +102,7 @@ class Trainer:
         rows: the data.
         run: directory for checkpoints and logs.
         save_every: updates between checkpoints.
+        kept: hidden states that need not be computed again; None: all are computed.
     Raises:
         TrainingError: see `updates_per_epoch`.
     """
@@ -113,13 +116,14 @@ class Trainer:
         run: Path,
         processes: Processes,
         save_every: int = 200,
+        kept: HiddenStates | None = None,
     ) -> None:
         self.updates_per_epoch = updates_per_epoch(rows, settings, processes)
         self.updates = self.updates_per_epoch * settings.epochs
         if settings.max_updates is not None:
             self.updates = min(self.updates, settings.max_updates)
         self.model, self.rows, self.settings = model.requires_grad_(False).eval(), rows, settings
-        self.run, self.processes, self.save_every = run, processes, save_every
+        self.run, self.processes, self.save_every, self.kept = run, processes, save_every, kept
         self.rollout = Rollout(head)
         self.lm_head = processes.vocabulary_shard(head.lm_head)
         processes.shard(self.rollout)
@@ -132,7 +136,7 @@ class Trainer:
         Returns:
             The head's state dict, whole and on the CPU; empty on every process but the first.
         Raises:
-            TrainingError: the loss or its gradient is not finite.
+            TrainingError: the loss or its gradient is not finite, or the GPU's memory does not suffice.
             OSError: a checkpoint cannot be written; earlier ones are untouched.
         """
         update = self._resume()
@@ -141,7 +145,13 @@ class Trainer:
         with TrainingLog(self.run if first else None, update) as log, bar:
             while update < self.updates:
                 started = time.perf_counter()
-                record = self._update(update)
+                try:
+                    record = self._update(update)
+                except torch.OutOfMemoryError as error:
+                    raise TrainingError(
+                        f"out of GPU memory with rows of {self.settings.context} tokens: choose a smaller context, or "
+                        f"more processes ({error})"
+                    ) from error
                 update += 1
                 seconds = time.perf_counter() - started
                 log.write(update, record | {"tokens_per_s": record["tokens"] / seconds})
@@ -156,8 +166,16 @@ class Trainer:
         return {name.removeprefix("head."): tensor for name, tensor in head.items()}
 
     def hidden_states(self, row: Row) -> tuple[Tensor, Tensor]:
-        """What the head is fed and its teacher, [1, context, hidden_size] each; to be overridden by who keeps them."""
-        return packed_hidden_states(self.model, row.token_ids, row.documents, sharded=self.processes.mesh is not None)
+        """What the head is fed and its teacher, [1, context, hidden_size] each."""
+        found = self.kept.read(row) if self.kept is not None else None
+        sharded = self.processes.mesh is not None
+        if found is None or sharded:  # the others may need this process's part of the weights
+            documents = row.documents if found is None else torch.full_like(row.documents, -1)
+            computed = packed_hidden_states(self.model, row.token_ids, documents, sharded=sharded)
+            if found is None and self.kept is not None:
+                self.kept.write(row, *computed)
+            found = found or computed
+        return found
 
     def _update(self, update: int) -> dict[str, Any]:
         """One optimizer step over this update's rows; returns what is logged."""
@@ -165,12 +183,13 @@ class Trainer:
         epoch, index = divmod(update, self.updates_per_epoch)
         first = index * settings.batch_rows
         mine = range(first + processes.data_rank, first + settings.batch_rows, processes.data_parallel)
-        batch = [self.rows.row(epoch, number).to(processes.device) for number in mine]
+        batch = [self.rows.row(epoch, number) for number in mine]
         counts = [int(trained_chains(row.documents, row.loss_mask, settings.num_steps).sum()) for row in batch]
-        chains = int(processes.sum_over_data(torch.tensor(sum(counts))))
+        num_tokens = sum(int((row.documents >= 0).sum()) for row in batch)
+        chains, tokens = processes.sum_over_data(torch.tensor([sum(counts), num_tokens])).tolist()
 
         sums = torch.zeros(2 + settings.num_steps, device=processes.device)  # loss, accepted drafts, overlap per step
-        for row, count in zip(batch, counts, strict=True):
+        for row, count in zip((row.to(processes.device) for row in batch), counts, strict=True):
             fed, teacher = self.hidden_states(row)
             objective = head_objective(
                 *(self.rollout, fed, teacher, row.token_ids, row.documents, row.loss_mask),
@@ -205,7 +224,7 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": rate,
             "chains": chains,
-            "tokens": settings.batch_rows * settings.context,
+            "tokens": tokens,
         }
 
     def _save(self, update: int) -> None:
@@ -215,7 +234,7 @@ class Trainer:
             checkpoint.save(self.run, update, {"head": head, "optimizer": optimizer})
 
     def _resume(self) -> int:
-        """Load the newest checkpoint; returns how many updates it has seen, 0 without one."""
+        """Load the newest checkpoint, which the first process reads; returns how many updates it has seen, or 0."""
         several = self.processes.mesh is not None
         found = checkpoint.load_newest(self.run) if self.processes.is_first else None
         newest = [found.update if found else 0]
@@ -226,18 +245,10 @@ class Trainer:
             raise TrainingError(f"{self.run} has seen {update} updates, more than the {self.updates} asked for")
         if update == 0:
             return 0
-        found = found or checkpoint.load_newest(self.run)
-        if found is None or found.update != update:
-            raise TrainingError(
-                f"{self.run} is not the same for all processes: put it on a file system that they share"
-            )
-        set_state_dict(
-            self.rollout,
-            self.optimizer,
-            model_state_dict=found.state["head"],
-            optim_state_dict=found.state["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )
+        state = found.state if found else {"head": {}, "optimizer": {}}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+        set_model_state_dict(self.rollout, state["head"], options=options)
+        set_optimizer_state_dict(self.rollout, self.optimizer, state["optimizer"], options=options)
         return update
 
 

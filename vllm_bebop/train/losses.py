@@ -46,7 +46,7 @@ class SamplingPolicy:
         return any(limit is not None for limit in (self.top_k, self.top_p, self.min_p))
 
     def filter(self, scores: Tensor) -> Tensor:
-        """The target's scores z / T [..., V] with -inf where p is 0; a new tensor."""
+        """Scores z / T [..., V] with -inf where the policy has no probability; a new tensor."""
         if self.min_p is not None:
             probs = scores.softmax(-1)
             scores = scores.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), float("-inf"))

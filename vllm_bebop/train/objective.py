@@ -1,5 +1,7 @@
 """From packed rows and the target's hidden states to the loss: which chains count, and who their teachers are."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,19 +25,14 @@ class Rollout(nn.Module):
     def forward(self, fed: Tensor, token_ids: Tensor, num_steps: int, documents: Tensor) -> Tensor:
         """See `rollout_hidden_states`."""
         served = {
-            f"head.{name}": parameter.to(self.head.lm_head.dtype) if parameter.requires_grad else parameter
+            name: parameter.to(self.head.lm_head.dtype) if parameter.requires_grad else parameter
             for name, parameter in self.head.named_parameters()
         }
-        return functional_call(_Chain(self.head), served, (fed, token_ids, num_steps, documents))
 
+        def head(*arguments: Any) -> Any:  # by step, since each is called again in the backward pass
+            return functional_call(self.head, served, arguments)
 
-class _Chain(nn.Module):
-    def __init__(self, head: MTPHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, fed: Tensor, token_ids: Tensor, num_steps: int, documents: Tensor) -> Tensor:
-        return rollout_hidden_states(self.head, fed, token_ids, num_steps, documents)
+        return rollout_hidden_states(head, fed, token_ids, num_steps, documents)
 
 
 def trained_chains(documents: Tensor, loss_mask: Tensor, num_steps: int) -> Tensor:

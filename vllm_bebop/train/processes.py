@@ -5,13 +5,17 @@ Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it ther
 
 import os
 from dataclasses import dataclass
-from typing import Self
+from datetime import timedelta
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+_TIMEOUT = timedelta(hours=1)  # the others wait while the first one reads a large target from a slow disk
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Processes:
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if vocabulary_parallel < 1 or count % vocabulary_parallel:
-            raise ValueError(f"vocabulary_parallel {vocabulary_parallel} does not divide {count} processes")
+            raise ValueError(
+                f"vocabulary_parallel {vocabulary_parallel} does not divide the {count} processes: give a divisor"
+            )
         kind, device = "cpu", torch.device("cpu")
         if torch.cuda.is_available():
             kind, device = "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -38,7 +44,7 @@ class Processes:
         if count == 1:
             return cls(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
         shape = (count // vocabulary_parallel, vocabulary_parallel)
         return cls(device, init_device_mesh(kind, shape, mesh_dim_names=("data", "vocabulary")))
 
@@ -74,15 +80,54 @@ class Processes:
             return lm_head
         parts = self.mesh["vocabulary"].size()
         if lm_head.shape[0] % parts:
-            raise ValueError(f"a vocabulary of {lm_head.shape[0]} does not divide by vocabulary_parallel {parts}")
+            raise ValueError(
+                f"a vocabulary of {lm_head.shape[0]} does not divide by vocabulary_parallel {parts}: give a divisor"
+            )
         return lm_head.chunk(parts)[self.mesh["vocabulary"].get_local_rank()]
 
-    def shard(self, *modules: nn.Module) -> None:
-        """Spread the weights of each module over all processes, on their devices (FSDP2); alone, do nothing."""
+    def hand_out(self, module: nn.Module) -> None:
+        """Give every process's module the first one's parameters and buffers, on its device.
+
+        What is spread over the processes already is left as it is. The others' may be on the meta device, so that only
+        the first process needs host memory for them.
+
+        Raises:
+            ValueError: the modules differ.
+        """
+        places: list[tuple[dict[str, Any], str]] = [
+            (tensors, name)
+            for part in module.modules()
+            for tensors in (part._parameters, part._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None and not isinstance(tensor, DTensor)
+        ]
+        ids = [id(tensors[name]) for tensors, name in places]
+        ours = [(name, tensors[name].shape) for tensors, name in places]
+        firsts = [(ours, [tensors[name].dtype for tensors, name in places], [ids.index(each) for each in ids])]
+        dist.broadcast_object_list(firsts)
+        theirs, dtypes, same_as = firsts[0]
+        if ours != theirs:
+            raise ValueError(
+                f"process {dist.get_rank()} built another {type(module).__name__} than the first: update it"
+            )
+        values: list[Tensor] = []
+        for index, (tensors, name) in enumerate(places):
+            if same_as[index] < index:  # tied
+                values.append(values[same_as[index]])
+            else:
+                values.append(torch.empty(ours[index][1], dtype=dtypes[index], device=self.device))
+                if self.is_first:
+                    values[index].copy_(tensors[name].detach())
+                dist.broadcast(values[index], 0)
+                if isinstance(tensors[name], nn.Parameter):
+                    values[index] = nn.Parameter(values[index], tensors[name].requires_grad)
+            tensors[name] = values[index]
+
+    def shard(self, module: nn.Module) -> None:
+        """Spread a module's weights over all processes, on their devices (FSDP2); alone, do nothing."""
         if self.mesh is not None:
-            for module in modules:
-                # Each is a root of its own, and FSDP keeps a root's weights gathered unless told not to.
-                fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True)
+            # Each is a root of its own, and FSDP keeps a root's weights gathered unless told not to.
+            fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True)
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the processes that hold different rows."""

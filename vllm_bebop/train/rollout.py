@@ -1,4 +1,4 @@
-"""Multi-step rollout of an MTP head, teacher forced, exactly as vLLM serves it; and the acceptance it earns.
+"""Multi-step rollout of an MTP head, teacher forced, exactly as vLLM serves it.
 
 Row (anchor) t at step j embeds token x[t+1+j] at rotary position t+j. It is fed the target's hidden state h[t] at
 step 0 and its own previous output after that; it sees step 0's keys of rows s <= t and its own keys of steps 1..j.
@@ -6,16 +6,18 @@ It drafts x[t+2+j], as the target does from h[t+1+j]. Only rows whose chain is c
 `rows = seq_len - num_steps`. Where documents share a batch entry, `complete_chains` says which rows are complete.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vllm_bebop.families import recognise
-from vllm_bebop.train.chain_attention import StepKeys
+from vllm_bebop.train.chain_attention import Packing, StepKeys
 from vllm_bebop.train.heads import MTPHead
+
+HeadCall = Callable[..., tuple[Tensor, Tensor]]  # as `MTPHead.forward`
 
 
 @torch.no_grad()
@@ -40,11 +42,14 @@ def target_hidden_states(model: PreTrainedModel, token_ids: Tensor) -> tuple[Ten
 
 
 def rollout_hidden_states(
-    head: MTPHead, hidden_states: Tensor, token_ids: Tensor, num_steps: int, documents: Tensor | None = None
+    head: HeadCall, hidden_states: Tensor, token_ids: Tensor, num_steps: int, documents: Tensor | None = None
 ) -> Tensor:
     """The hidden states that the draft logits of every row and step are computed from (`head.logits`).
 
+    For the gradient every step is computed again, so that no more than one step's intermediate results are held.
+
     Args:
+        head: or something that calls it.
         hidden_states: [batch, seq_len, hidden_size], the target's as the family's head is fed them: `fed` of
             `target_hidden_states`.
         token_ids: [batch, seq_len] int64, of the vocabulary everywhere, padding too.
@@ -62,17 +67,26 @@ def rollout_hidden_states(
     rows = seq_len - num_steps
     if num_steps < 1 or rows < 1:
         raise ValueError(f"{seq_len} tokens hold no complete chain of {num_steps} steps")
-    positions, mask = torch.arange(rows, device=token_ids.device).expand(batch, rows), None
+    positions, packing = torch.arange(rows, device=token_ids.device).expand(batch, rows), None
     if documents is not None:
-        documents = documents[:, :rows]
-        starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        positions = positions - positions.where(starts, 0).cummax(-1).values
-        mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+        packing = Packing.of(documents[:, :rows])
+        positions = positions - packing.starts
     fed, keys, outputs = hidden_states[:, :rows], StepKeys(), []
     for step in range(num_steps):
-        output, fed = head(token_ids[:, 1 + step : 1 + step + rows], fed, positions + step, keys, mask)
+        arguments = token_ids[:, 1 + step : 1 + step + rows], fed, positions + step, keys[:], packing
+        output, fed, own_keys = checkpoint(_step, head, *arguments, use_reentrant=False, preserve_rng_state=False)
+        keys.append(own_keys)
         outputs.append(output)
     return torch.stack(outputs)
+
+
+def _step(
+    head: HeadCall, token_ids: Tensor, fed: Tensor, positions: Tensor, keys: StepKeys, packing: Packing | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What `head` returns, and the step's own keys and values; `keys` is left as it is, for when this runs again."""
+    all_keys = keys[:]
+    output, recycled = head(token_ids, fed, positions, all_keys, packing)
+    return output, recycled, all_keys[-1]
 
 
 def rollout(
@@ -92,54 +106,3 @@ def complete_chains(documents: Tensor, num_steps: int) -> Tensor:
     """
     first, last = documents[:, : documents.shape[1] - num_steps], documents[:, num_steps:]
     return (first == last) & (first >= 0)
-
-
-def teacher_rows(target: Tensor, num_steps: int) -> Tensor:
-    """What the target says where each row and step drafts: `target[:, t+1+j]`, without a copy.
-
-    Args:
-        target: [batch, seq_len, size], the target's logits or hidden states.
-    Returns:
-        [num_steps, batch, rows, size], a view.
-    """
-    rows = target.shape[1] - num_steps
-    return target.unfold(1, rows, 1)[:, 1:].permute(1, 0, 3, 2)
-
-
-class Acceptance(NamedTuple):
-    """Chance that a draft token is accepted, per row and step, each fp32 (arXiv:2606.12370, Eqs. 1 and 2)."""
-
-    rejection_sampling: Tensor  # sum_v min(p, q)
-    target_only: Tensor  # p(argmax q)
-
-
-def expected_acceptance(target_logits: Tensor, draft_logits: Tensor, temperature: float = 1.0) -> Acceptance:
-    """Exact acceptance rates of p = softmax(target / T) and q = softmax(draft / T) over the last dimension.
-
-    Args:
-        target_logits, draft_logits: [..., vocab_size].
-        temperature: above 0.
-    Returns:
-        Two tensors of shape [...].
-    """
-    p = torch.softmax(target_logits.float() / temperature, dim=-1)
-    q = torch.softmax(draft_logits.float() / temperature, dim=-1)
-    return Acceptance(torch.minimum(p, q).sum(-1), p.gather(-1, q.argmax(-1, keepdim=True)).squeeze(-1))
-
-
-@torch.no_grad()
-def exact_acceptance(
-    model: PreTrainedModel, head: MTPHead, token_ids: Tensor, num_steps: int, temperature: float = 1.0
-) -> Acceptance:
-    """Acceptance of every row and step of a given text: an expectation over the drafts, so no sampling noise.
-
-    A row's chain is teacher forced: step j is what a served chain would see had its j drafts been these tokens.
-
-    Args:
-        token_ids: [batch, seq_len] int64, on the model's device.
-    Returns:
-        Two tensors of shape [num_steps, batch, seq_len - num_steps].
-    """
-    fed, teacher = target_hidden_states(model, token_ids)
-    target_logits = teacher_rows(model.get_output_embeddings()(teacher), num_steps)
-    return expected_acceptance(target_logits, rollout(head, fed, token_ids, num_steps), temperature)

@@ -1,29 +1,27 @@
 """`bebop train`: from a checkpoint and data to a draft directory that vLLM serves.
 
 Settings, data and output are checked before the target is loaded; the draft appears, whole, when training is done.
-
-Every process loads the target into host memory before it keeps its part, so the host needs as many copies of it as it
-has processes.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from vllm_bebop.draft import Draft, fingerprint, refuse_destination
+from vllm_bebop.draft import Draft, fingerprint, refuse_destination, resolve_draft
+from vllm_bebop.durable import write_file
 from vllm_bebop.tensor_files import CONFIG_FILE, read_json
 from vllm_bebop.train.data import Documents, PackedRows, load_documents
 from vllm_bebop.train.export import checkpoint_dtype, export_draft
-from vllm_bebop.train.heads import MTPHead, initial_head
+from vllm_bebop.train.heads import MTPHead, initial_head, load_head, new_head
+from vllm_bebop.train.hidden_states import HiddenStates
 from vllm_bebop.train.loop import Settings, Trainer, TrainingError, updates_per_epoch
 from vllm_bebop.train.processes import Processes
+from vllm_bebop.train.target import empty_target, find_checkpoint, load_target
 
 
 def train_draft(
@@ -36,6 +34,7 @@ def train_draft(
     save_every: int = 200,
     vocabulary_parallel: int = 1,
     strict: bool = False,
+    hidden_states: str | Path | None = None,
 ) -> Draft | None:
     """Train a head for `model` on `data` and write it to `out`. Run again after an interruption, it goes on.
 
@@ -43,20 +42,25 @@ def train_draft(
         model: checkpoint directory, or a Hub repository.
         data: JSONL or Parquet files, see `vllm_bebop.train.data`.
         out: the draft directory to create; `out`.training beside it holds checkpoints and logs.
-        start: draft directory to start from; default the checkpoint's own head, else its last decoder layer.
+        start: draft to start from, a directory or a Hub repository; default the checkpoint's own head, else its last
+            decoder layer.
         save_every: updates between checkpoints.
         vocabulary_parallel: processes that have the same rows and share out the projection on the vocabulary.
         strict: a bad line of data is an error.
+        hidden_states: directory that keeps the target's hidden states, for later epochs and runs on the same data;
+            None: they are computed every time. See `HiddenStates` for its size.
     Returns:
         The draft, on the first process; None on the others.
     Raises:
         TrainingError, DataError, DraftError, ValueError: see there; each names what to change.
     """
-    model, out = _directory(model), Path(out).absolute()
+    model, out = find_checkpoint(model), Path(out).absolute()
     run = out.with_name(out.name + ".training")
     refuse_destination(out)
     _refuse_dtype(model)
+    start = None if start is None else resolve_draft(start)
     processes = Processes.from_environment(vocabulary_parallel)
+    processes.vocabulary_shard(new_head(empty_target(model)).lm_head)  # a model that cannot be trained is refused here
     documents = _read(model, data, settings, strict)
     rows = PackedRows(documents, settings.context, settings.num_steps, settings.seed)
     updates_per_epoch(rows, settings, processes)
@@ -67,14 +71,13 @@ def train_draft(
         **asdict(settings),
     }
     _refuse_other_run(run, asked)
-    target = load_target(model, torch.device("cpu") if processes.mesh is not None else processes.device)
-    head = initial_head(start or model, target, dtype=torch.float32)
-    if processes.mesh is not None:
-        _spread(target, head, processes)
+    torch.manual_seed(settings.seed)  # for what of a head neither a checkpoint nor the target's last layer holds
+    target, head = _load(model, start, processes)
     if processes.is_first:
         print(f"{documents}\n{rows}", flush=True)
         _record(run, asked)
-    trainer = Trainer(target, head, rows, settings, run, processes, save_every)
+    kept = None if hidden_states is None else HiddenStates(hidden_states, asked["model"], target.dtype)
+    trainer = Trainer(target, head, rows, settings, run, processes, save_every, kept)
     state = trainer.train()
     if not processes.is_first:
         return None
@@ -87,21 +90,31 @@ def train_draft(
     return export_draft(_whole_head(target, state), model, out, metadata)
 
 
-def load_target(model: str | Path, device: torch.device) -> PreTrainedModel:
-    """The target in its own dtype (in fp32 without a GPU), without gradients."""
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    target = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=Path(model).is_dir())
-    torch.nn.Module.to(target, device)
-    return target.requires_grad_(False).eval()
+def _load(model: Path, start: Path | None, processes: Processes) -> tuple[PreTrainedModel, MTPHead]:
+    """The target and its head in fp32. Of several processes the first reads them; layers are spread, the rest is whole.
 
+    A quantised target is read by all of them: what its layers are turns out as it is loaded.
+    """
 
-def _spread(target: PreTrainedModel, head: MTPHead, processes: Processes) -> None:
-    """From the CPU to all processes: layers in parts, one layer at a time; embedding and lm_head whole, held once."""
-    processes.shard(*target.base_model.get_submodule("layers").children())
-    torch.nn.Module.to(target, processes.device)
+    def read_head(target: PreTrainedModel) -> MTPHead:
+        return initial_head(model, target, torch.float32) if start is None else load_head(start, target, torch.float32)
+
+    if processes.mesh is None:
+        target = load_target(model, processes.device)
+        return target, read_head(target)
+    is_quantised = "quantization_config" in read_json(model / CONFIG_FILE)
+    reads = processes.is_first or is_quantised
+    target = load_target(model, torch.device("cpu")) if reads else empty_target(model)
+    head = read_head(target) if processes.is_first else new_head(target, torch.float32)
+    for part in head.children():
+        processes.hand_out(part)
+    for layer in target.base_model.get_submodule("layers").children():
+        processes.hand_out(layer)
+        processes.shard(layer)
+    processes.hand_out(target)
     head.embed_tokens = target.get_input_embeddings().get_parameter("weight").detach()
     head.lm_head = target.get_output_embeddings().get_parameter("weight").detach()
-    head.to(processes.device)
+    return target, head
 
 
 def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: bool) -> Documents:
@@ -109,10 +122,6 @@ def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: b
     has_tokenizer = any(model.glob("tokenizer*"))
     tokenizer = AutoTokenizer.from_pretrained(model) if has_tokenizer else None
     return load_documents(data, tokenizer, vocab_size, settings.num_steps, strict, asdict(settings.policy))
-
-
-def _directory(model: str | Path) -> Path:
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
 
 
 def _refuse_other_run(run: Path, asked: dict[str, object]) -> None:
@@ -131,9 +140,7 @@ def _refuse_other_run(run: Path, asked: dict[str, object]) -> None:
 
 def _record(run: Path, asked: dict[str, object]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / "settings.json.tmp"
-    temporary.write_text(json.dumps(asked, indent=2) + "\n")
-    os.replace(temporary, run / "settings.json")
+    write_file(run / "settings.json", (json.dumps(asked, indent=2) + "\n").encode())
 
 
 def _whole_head(target: PreTrainedModel, state: dict[str, Any]) -> MTPHead:

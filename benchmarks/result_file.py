@@ -1,0 +1,74 @@
+"""A JSON file of measurements that grows one entry at a time, and what the measurements depend on.
+
+A run that is cut short loses the entry it was at. The next one keeps what was measured on the same device, with the
+same code and versions, and goes on from there; anything else in the file is measured anew.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm_bebop.bench.conditions import commit, device_name, write_json
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Entry = dict[str, Any]
+
+
+def conditions(packages: Iterable[str], sources: Iterable[Path]) -> Entry:
+    """Device, versions and a digest of the code. The commit is for the reader: results are committed too."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return {
+        "device": device_name(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "code_sha256": digest.hexdigest()[:16],
+        "commit": commit(),
+    }
+
+
+def device_slug() -> str:
+    """For file names: "h100" for an "NVIDIA H100 80GB HBM3", "cpu" without a GPU."""
+    words = [word for word in re.split(r"[^a-z0-9]+", device_name().lower()) if word not in ("nvidia", "amd", "")]
+    models = [word for word in words if re.search(r"[a-z]\d|\d{3}", word)]
+    return "cpu" if words[0] == "cpu" else (models or words)[0]
+
+
+class ResultFile:
+    """Entries, each found by its `key`, under a header that says what they depend on."""
+
+    def __init__(self, path: Path, conditions: Entry, key: tuple[str, ...]) -> None:
+        self.path, self.conditions, self.key = path, conditions, key
+        self.entries: list[Entry] = []
+        if path.exists():
+            old = json.loads(path.read_text())
+            if _decisive(old["conditions"]) == _decisive(conditions):
+                self.entries = old["entries"]
+            else:
+                print(f"{path.name} was measured with other code, versions or on another device: starting anew")
+
+    def has(self, wanted: Entry) -> bool:
+        return any(all(entry[name] == wanted[name] for name in self.key) for entry in self.entries)
+
+    def add(self, entry: Entry, **summary: Any) -> None:
+        """Stores the entry and replaces the summary, in one atomic write."""
+        self.entries.append(entry)
+        write_json(self.path, {"conditions": self.conditions, **summary, "entries": self.entries})
+
+
+def _decisive(conditions: Entry) -> Entry:
+    return {name: value for name, value in conditions.items() if name != "commit"}

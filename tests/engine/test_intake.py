@@ -1,0 +1,122 @@
+"""What a request for bebop becomes before the engine is built, and what is refused then."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.engines import BEBOP, TINY_MODEL
+from vllm_bebop.config import BebopConfigError, translate
+from vllm_bebop.draft import DraftError, draft_config, head_tensor_names, write_draft
+from vllm_bebop.engine import intake
+
+CONFIG = json.loads((TINY_MODEL / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    tensors = load_file(TINY_MODEL / "model.safetensors")
+    head = {name: tensors[name] for name in head_tensor_names(TINY_MODEL, CONFIG)}
+    return write_draft(tmp_path_factory.mktemp("drafts") / "draft", head, draft_config(CONFIG)).path
+
+
+def _taken_in(speculative_config, config=CONFIG, pipeline_parallel_size=1, load_options=None, **model):
+    """The engine's arguments once a request is taken in."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(str(TINY_MODEL), speculative_config=speculative_config, **(load_options or {}))
+    described = {"model": str(TINY_MODEL), "revision": None, "model_weights": ""} | model
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config), **described)
+    parallel_config = SimpleNamespace(worker_cls="auto", pipeline_parallel_size=pipeline_parallel_size)
+    intake._apply(args, translate(speculative_config, {}), model_config, parallel_config)
+    return args
+
+
+def test_draft_directory_is_handed_on(draft):
+    assert _taken_in(BEBOP | {"model": str(draft)}).speculative_config["model"] == str(draft)
+
+
+def test_hub_draft_is_handed_on_by_its_name(draft, monkeypatch):
+    """Other nodes download it themselves: this one's cache is not theirs."""
+    monkeypatch.setattr("vllm_bebop.draft.resolve_draft", lambda name, revision: draft)
+    handed_on = _taken_in(BEBOP | {"model": "org/head", "revision": "v1"}).speculative_config
+    assert (handed_on["model"], handed_on["revision"]) == ("org/head", "v1")
+
+
+@pytest.mark.parametrize("name", [str(TINY_MODEL), str(TINY_MODEL / ".." / TINY_MODEL.name)])
+def test_target_as_its_own_draft_is_the_targets_head(name):
+    """As stock vLLM allows for method "mtp"."""
+    taken_in = _taken_in(BEBOP | {"model": name})
+    assert taken_in.speculative_config == _taken_in(BEBOP).speculative_config
+    assert "model" not in taken_in.speculative_config
+
+
+@pytest.mark.parametrize("target", ["org/model", "/cache/models--org--model/snapshots/abc"])
+def test_targets_hub_id_as_draft_is_the_targets_head(target):
+    assert "model" not in _taken_in(BEBOP | {"model": "org/model"}, model=target).speculative_config
+
+
+def test_another_revision_of_the_target_is_a_draft(monkeypatch):
+    def not_found(name, revision):
+        raise DraftError(f"looked for {revision}")
+
+    monkeypatch.setattr("vllm_bebop.draft.resolve_draft", not_found)
+    with pytest.raises(DraftError, match="looked for v2"):
+        _taken_in(BEBOP | {"model": "org/model", "revision": "v2"}, model="org/model")
+
+
+def test_draft_is_loaded_with_the_targets_options():
+    options = {"download_dir": "/somewhere", "safetensors_load_strategy": "eager", "load_format": "dummy"}
+    load_config = _taken_in(BEBOP, load_options=options).speculative_config["draft_load_config"]
+    assert load_config["download_dir"] == "/somewhere" and load_config["safetensors_load_strategy"] == "eager"
+    assert load_config["load_format"] == "bebop"
+
+
+def test_draft_is_refused_with_pipeline_parallelism(draft):
+    with pytest.raises(BebopConfigError, match="'model': .* cannot be served with pipeline parallelism.*bebop merge"):
+        _taken_in(BEBOP | {"model": str(draft)}, pipeline_parallel_size=2)
+    _taken_in(BEBOP, pipeline_parallel_size=2)
+
+
+def test_own_head_in_object_storage_is_refused(draft):
+    with pytest.raises(BebopConfigError, match="object storage.*give the head as a draft"):
+        _taken_in(BEBOP, model_weights="s3://bucket/model")
+    _taken_in(BEBOP | {"model": str(draft)}, model_weights="s3://bucket/model")
+
+
+def test_own_head_under_a_misread_path_is_refused():
+    with pytest.raises(DraftError, match="'eagle3', from which vLLM concludes"):
+        _taken_in(BEBOP, model="/models/eagle3/target")
+
+
+def test_draft_of_a_quantised_target_is_refused(draft):
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    with pytest.raises(DraftError, match="its head included .mtp.layers.0.self_attn.o_proj."):
+        _taken_in(BEBOP | {"model": str(draft)}, CONFIG | {"quantization_config": fp8})
+    modules = [name.removesuffix(".weight") for name in head_tensor_names(TINY_MODEL, CONFIG)]
+    spared = CONFIG | {"quantization_config": fp8 | {"modules_to_not_convert": modules}}
+    _taken_in(BEBOP | {"model": str(draft)}, spared)
+
+
+def test_switch_without_effect_warns(monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_bebop.plugin import register
+
+    register()
+    monkeypatch.setenv("VLLM_BEBOP", "1")
+    warnings = []
+    monkeypatch.setattr(logging.getLogger("vllm.bebop"), "warning", lambda text, *a: warnings.append(text % a))
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    EngineArgs(str(TINY_MODEL), speculative_config=ngram).create_engine_config()
+    assert warnings == [
+        'VLLM_BEBOP=1 has no effect on method \'ngram\': bebop takes over "mtp" and its "..._mtp" aliases only'
+    ]
+
+
+def test_relative_draft_is_found_from_home(draft, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(draft).parent))
+    assert _taken_in(BEBOP | {"model": "~/draft"}).speculative_config["model"] == str(draft)
