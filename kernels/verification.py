@@ -281,9 +281,10 @@ def verify(
             num_warps=num_warps,
         )
 
-    # What a bitmask and a threshold keep per thread must fit registers.
-    num_warps = 8 if bitmask is None else 16
-    residual_warps = 16 if filters.are_asked_for else num_warps
+    # What a bitmask, or a tile of p and one of q, keep per thread must fit registers: then 512 threads share it, 64 of
+    # which are a warp of a data-centre AMD GPU.
+    wide = 8 if torch.version.hip else 16
+    num_warps = 8 if bitmask is None else wide
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for
     if filters.are_asked_for:
@@ -292,11 +293,10 @@ def verify(
     else:
         launch(tiles, max_drafts + 1, num_warps, statistics=True, decision=True, resolution=single_launch)
     if is_block:
-        # 512 threads, for a tile of p and one of q: a warp of a data-centre AMD GPU has 64 of them.
-        launch(tiles, max_drafts, num_warps=8 if torch.version.hip else 16, block=True, resolution=True)
+        launch(tiles, max_drafts, wide, block=True, resolution=True)
         return out
     if not single_launch:
-        launch(1, 1, num_warps=8 if filters.are_asked_for else 4, resolution=True)
+        launch(1, 1, num_warps=8, resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, residual_warps, residual=True)
+        launch(tiles, 1, wide, residual=True)
     return out

@@ -61,7 +61,7 @@ def wide():
 
 
 def laws(model, head, token_ids, num_steps, **policy):
-    """p and q [num_steps, rows, vocab_size] in fp64, filtered alike, from the definitions and the whole text at once."""
+    """p and q [num_steps, rows, vocab_size] in fp64, filtered alike, from the definitions, all at once."""
     ids = torch.tensor([token_ids])
     hidden = model.base_model(ids).last_hidden_state
     q = filtered(rollout(head, hidden, ids, num_steps)[:, 0], **policy)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from tests.support.statistics import assert_law
-from tests.test_kernels_sampling import DEVICE, RUNS_HERE, assert_bitwise_equal, run_in_the_interpreter, runs_kernels
+from tests.test_kernels_sampling import (
+    DEVICE,
+    RUNS_HERE,
+    assert_equal_from_both_forms,
+    run_in_the_interpreter,
+    runs_kernels,
+)
 from tests.test_kernels_verification import case, verify
 from vllm_bebop.kernels import fallback
 from vllm_bebop.kernels.draft_sampling import sample
@@ -101,7 +107,7 @@ def test_verify_of_candidates_equals_the_reference_on_full_rows(vocab_size: int,
     assert known.any()
     torch.testing.assert_close(out.draft_argmax_prob[known], eager.draft_argmax_prob[known], rtol=1e-4, atol=1e-6)
     if not block:
-        assert_bitwise_equal(verify(**values, single_launch=True), out)
+        assert_equal_from_both_forms(verify(**values, single_launch=True), out)
     plain = fallback.verify(**values, block=block)
     assert torch.equal(plain.token_ids, out.token_ids)
 

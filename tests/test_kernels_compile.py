@@ -28,6 +28,7 @@ INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds"]
 INT32 = [
     "slots",
     "top_k",
+    "draft_ids",
     "bitmask",
     "first_rows",
     "tickets",
@@ -84,36 +85,43 @@ def sampling(target: str, num_warps: int, *, filtered: bool):
     return compile_kernel(sample_kernel, target, num_warps, absent, FILTERED=filtered, BLOCK_STREAM=0, TOKEN_STREAM=1)
 
 
-def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = ("bitmask", *FILTERS)):
+PLAIN = ("bitmask", "draft_ids", *FILTERS)
+
+
+def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = PLAIN):
     from vllm_bebop.kernels.verification_kernel import verify_kernel
 
     constants = {name: name in parts for name in ("STATISTICS", "DECISION", "RESOLUTION", "RESIDUAL", "BLOCK")}
     others = {"FILTERED": "top_k" not in absent, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4}
-    if "top_k" in absent:
-        absent = (*absent, "draft_threshold")
     return compile_kernel(verify_kernel, target, num_warps, absent, **constants, **others)
 
 
-ONE_HOT = ("draft", "draft_logsumexp", "draft_argmax", "draft_statistics", "slots", "one_hot", "bitmask", *FILTERS)
+ONE_HOT = (
+    *("draft", "draft_logsumexp", "draft_argmax", "draft_threshold", "draft_statistics", "slots", "one_hot"),
+    *PLAIN,
+)
+FILTERED, CANDIDATES = ("bitmask", "draft_ids"), ("bitmask", *FILTERS)
 DECIDED, AT_ONCE = ("STATISTICS", "DECISION"), ("STATISTICS", "DECISION", "RESOLUTION")
 KERNELS = {
     "sample": lambda target: sampling(target, 8, filtered=False),
     "sample with filters": lambda target: sampling(target, 4, filtered=True),
     "statistics": lambda target: verification(target, 8, *DECIDED),
     "statistics of draft rows too": lambda target: verification(
-        target, 8, *DECIDED, absent=("draft_logsumexp", "bitmask", *FILTERS)
+        target, 8, *DECIDED, absent=("draft_logsumexp", "draft_threshold", *PLAIN)
     ),
     "statistics of one-hot drafts": lambda target: verification(target, 8, *DECIDED, absent=ONE_HOT),
+    "statistics of candidates": lambda target: verification(target, 8, *DECIDED, absent=CANDIDATES),
     "statistics with filters": lambda target: verification(target, 16, "STATISTICS", absent=()),
-    "decision with filters": lambda target: verification(target, 4, "DECISION", absent=("bitmask",)),
-    "decision with filters and a bitmask": lambda target: verification(target, 4, "DECISION", absent=()),
-    "resolution": lambda target: verification(target, 4, "RESOLUTION"),
-    "residual": lambda target: verification(target, 8, "RESIDUAL"),
-    "resolution with filters": lambda target: verification(target, 8, "RESOLUTION", absent=()),
-    "residual with filters": lambda target: verification(target, 16, "RESIDUAL", absent=()),
+    "decision with filters": lambda target: verification(target, 4, "DECISION", absent=FILTERED),
+    "decision with everything": lambda target: verification(target, 4, "DECISION", absent=()),
+    "resolution": lambda target: verification(target, 8, "RESOLUTION"),
+    "residual": lambda target: verification(target, 16, "RESIDUAL"),
+    "resolution of candidates": lambda target: verification(target, 8, "RESOLUTION", absent=CANDIDATES),
+    "resolution with everything": lambda target: verification(target, 8, "RESOLUTION", absent=()),
+    "residual with everything": lambda target: verification(target, 16, "RESIDUAL", absent=()),
     "block": lambda target: verification(target, 16, "BLOCK", "RESOLUTION"),
-    "block with filters": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", absent=()),
-    "single launch with a bitmask": lambda target: verification(target, 16, *AT_ONCE, absent=FILTERS),
+    "block with everything": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", absent=()),
+    "single launch with a bitmask": lambda target: verification(target, 16, *AT_ONCE, absent=("draft_ids", *FILTERS)),
     "single launch": lambda target: verification(target, 8, *AT_ONCE),
 }
 # Those that pass over rows; the others read single sub-blocks.
