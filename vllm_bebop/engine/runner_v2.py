@@ -135,9 +135,12 @@ def _compile_ahead(runner: Any) -> None:
         "input_ids": rows,
         "seq_lens_upper_bound_np": np.zeros(1, dtype=np.int64),
     }
-    _sample(sampler, {name: value[:1] for name, value in given.items()})
     cu_num_logits = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
-    _verify(runner.rejection_sampler, given | {"draft_sampled": rows.int(), "cu_num_logits": cu_num_logits})
+    states = sampler.sampling_states
+    for top_k in (1, states.vocab_size):  # with filters and, as slots begin, without
+        states.top_k.np[0] = top_k
+        _sample(sampler, {name: value[:1] for name, value in given.items()})
+        _verify(runner.rejection_sampler, given | {"draft_sampled": rows.int(), "cu_num_logits": cu_num_logits})
 
 
 def _subclass(instance: Any, **replacements: Callable[[Any, Arguments], Any]) -> None:
