@@ -7,6 +7,7 @@ device: no CUDA graph can contain it.
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_bebop.kernels.block_reference import verify_block_reference
@@ -74,6 +75,7 @@ def verify(
     positions: Tensor,
     *,
     slots: Tensor,
+    first_rows: Tensor | None = None,
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
     filters: Filters = NO_FILTERS,
@@ -82,8 +84,14 @@ def verify(
     block: bool = False,
     **_fused_only: Any,
 ) -> Verification:
-    """As `verification.verify` with slots, none of them padding, and consecutive target rows."""
-    index = slots.long()
+    """As `verification.verify` with slots, none of them padding."""
+    index, num_rows = slots.long(), num_draft_tokens.long() + 1
+    if first_rows is not None:  # wherever a request's rows lie, the reference wants them one after the other
+        request = torch.arange(len(slots), device=slots.device).repeat_interleave(num_rows)
+        step = torch.arange(len(request), device=slots.device) - (num_rows.cumsum(0) - num_rows)[request]
+        rows = (first_rows.long()[request] + step).clamp(max=len(target_logits) - 1)
+        target_logits = target_logits[rows]
+        bitmask = None if bitmask is None else bitmask[rows]
     one_hot = None
     if draft_logits is not None:
         one_hot = index >= draft_logits.shape[0]

@@ -28,6 +28,54 @@ class DraftCache:
     logsumexp: torch.Tensor  # [num_slots, num_steps] fp32, of logits / T
     argmax: torch.Tensor  # [num_slots, num_steps] int64
     threshold: torch.Tensor  # [num_slots, num_steps] fp32, the lowest logit that top-k and top-p left of q
+    # The drafts and where they begin, with a spare row for requests without a slot here; -1: none.
+    token_ids: torch.Tensor  # [num_slots + 1, num_steps] int64
+    first_positions: torch.Tensor  # [num_slots + 1] int64
+
+    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of `token_ids` and `first_positions` [N] int64 for slots [N]."""
+        num_slots = self.logits.shape[0]
+        return slots.long().where((slots >= 0) & (slots < num_slots), num_slots)
+
+    def remember(self, slots: torch.Tensor, step: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """Keep the drafts [N] of a step, at absolute positions [N]; inside CUDA graphs too."""
+        rows = self.rows_of(slots)
+        self.token_ids[rows, step] = tokens
+        self.first_positions[rows] = (positions - step).long()
+        self.first_positions[-1] = -1
+
+    def forget(self, slot: int) -> None:
+        """The slot has a new request, or one that begins anew."""
+        self.first_positions[min(slot, self.logits.shape[0])] = -1
+
+    def with_ruled_out(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        drafts: torch.Tensor,
+        num_drafts: torch.Tensor,
+        first_rows: torch.Tensor,
+        first_positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The drafts of a batch, and their number, with those that a grammar ruled out.
+
+        The scheduler drops such a draft and all after it, but it was drawn from q all the same. The token in its place
+        must come from max(0, p - q): drawn from p, the law of structured outputs would be off by what q has outside the
+        grammar. So it is put back, to be rejected: p has none of it.
+
+        Args:
+            logits: [num_rows, vocab_size], of the target under the grammar, which is all that can make one -inf.
+            drafts: [B, num_steps]; num_drafts, first_rows: [B], as for `verify`; first_positions: [B], of row 0
+        """
+        num_steps = drafts.shape[1]
+        step = num_drafts.long().clamp(max=num_steps - 1)[:, None]
+        rows = self.rows_of(slots)
+        dropped = self.token_ids[rows].gather(1, step).squeeze(1)
+        is_current = (num_drafts < num_steps) & (dropped >= 0) & (self.first_positions[rows] == first_positions)
+        is_ruled_out = is_current & (logits[first_rows + num_drafts, dropped.clamp(min=0)] == float("-inf"))
+        kept = drafts.gather(1, step).squeeze(1)
+        put_back = torch.where(is_ruled_out, dropped.to(drafts.dtype), kept)
+        return drafts.scatter(1, step, put_back[:, None]), num_drafts + is_ruled_out.to(num_drafts.dtype)
 
 
 def allocate(
@@ -71,6 +119,8 @@ def allocate(
         logsumexp=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
         argmax=torch.zeros(num_slots, num_steps, dtype=torch.int64, device=device),
         threshold=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
+        token_ids=torch.full((num_slots + 1, num_steps), -1, dtype=torch.int64, device=device),
+        first_positions=torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device),
     )
 
 

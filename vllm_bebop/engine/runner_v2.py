@@ -2,9 +2,9 @@
 
 V2 keeps everything by request slot: seeds, temperatures, the cached draft logits. Three methods are replaced, in
 subclasses made of whichever speculator and samplers vLLM built: drawing a draft token, verifying, and sampling without
-drafts. All three run the fused kernels (`kernels.backend`). `sample_draft` runs inside CUDA graphs: no host
-synchronisation, no branch on data, no lasting allocation. Its kernel stores the logits in the cache as it reads them:
-vLLM's lm_head cannot write them there, having no `out=`, a padded vocabulary, and rows in batch order.
+drafts, which is verification of none. They run the fused kernels (`kernels.backend`). `sample_draft` runs inside CUDA
+graphs: no host synchronisation, no branch on data, no lasting allocation. Its kernel stores the logits in the cache as
+it reads them: vLLM's lm_head cannot write them there, having no `out=`, a padded vocabulary, and rows in batch order.
 
 Verification reads the target's logits as they are wherever the requests of a batch ask for nothing but a temperature,
 top-k and top-p (a grammar's mask is already in them). Penalties and all else are vLLM's own to apply, as are top-k and
@@ -41,11 +41,8 @@ from vllm_bebop.kernels import backend
 from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.candidates import Candidates
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE
+from vllm_bebop.kernels.reference import Verification
 
-# A token drawn straight from the target uses the noise of a bonus token: see runner_v1.
-_TARGET_STREAMS = (Stream.TARGET_BLOCK, Stream.TARGET_TOKEN)
 _PROCESSED_MODES = ("processed_logprobs", "processed_logits")
 
 Arguments = dict[str, Any]
@@ -61,6 +58,7 @@ class Tools:
     candidates: Candidates | None = None  # scratch of drafting, where the cache holds no more
     filters: Filters = NO_FILTERS  # by slot, for drafting: copies that a captured graph can read
     in_blocks: bool = False  # drafts are verified as a block
+    num_steps: int = 0  # of verification
 
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
@@ -104,6 +102,7 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
         raise BebopConfigError("bebop's sampler puts no watermark into the text: serve without 'watermark_config'")
     states, device = sampler.sampling_states, runner.device
     states.bebop_seeds = seed_source(runner)
+    states.bebop_cache = getattr(getattr(runner.speculator, "bebop", None), "cache", None)
     _subclass(sampler, sample=_sample)
     _subclass(states, add_request=_add_request)
     _subclass(rejection_sampler, _verify=_verify)
@@ -111,11 +110,11 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     drafting: Tools | None = getattr(runner.speculator, "bebop", None)
     cache, filters = (None, NO_FILTERS) if drafting is None else (drafting.cache, drafting.filters)
     chosen = backend.pick(device)
-    sampler.bebop = Tools(chosen, chosen.sampling_workspace(*size, device), filters=filters)
     num_steps = rejection_sampler.num_speculative_steps
     workspace = chosen.verification_workspace(size[0], num_steps, size[1], device, with_draft_statistics=False)
     in_blocks = config.acceptance == "block"
-    rejection_sampler.bebop = Tools(chosen, workspace, cache, filters=filters, in_blocks=in_blocks)
+    tools = Tools(chosen, workspace, cache, filters=filters, in_blocks=in_blocks, num_steps=num_steps)
+    sampler.bebop = rejection_sampler.bebop = tools
     _compile_ahead(runner)
 
 
@@ -198,6 +197,7 @@ def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
     ).token_ids
     if ours.candidates is not None:
         token_ids = found.ids.gather(1, token_ids[:, None]).squeeze(1).long().clamp_(min=0)  # -1: a padding row's
+    ours.cache.remember(slots, step, token_ids, positions)
     return token_ids
 
 
@@ -205,12 +205,10 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     """Processed logits, output tokens [num_reqs, num_speculative_steps + 1] and their number [num_reqs]."""
     ours: Tools = rejection_sampler.bebop
     sampler = rejection_sampler.sampler
-    states = sampler.sampling_states
     logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
     drafted: torch.Tensor = given["draft_sampled"]
-    if "verify_draft_sampled" in given:  # -1 from the first draft that a grammar rules out (newer versions)
-        # That one was drawn from q all the same: it is rejected, as p has none of it, and the token in its place comes
-        # from max(0, p - q). What follows is never reached.
+    if "verify_draft_sampled" in given:  # -1 from the first draft that a grammar rules out, with async scheduling
+        # That one stays, to be rejected (see `DraftCache.with_ruled_out`). What follows is never reached.
         cut: torch.Tensor = given["verify_draft_sampled"]
         is_first = (cut < 0) & (torch.roll(cut, 1) >= 0)
         drafted = torch.where(is_first, drafted, cut)
@@ -218,31 +216,11 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1.
     steps = torch.arange(1, rejection_sampler.num_speculative_steps + 1, device=drafted.device)
     draft_rows = (first_rows[:, None] + steps).clamp_(max=drafted.shape[0] - 1)
-    kept = {}
-    if ours.cache is not None:
-        kept = {
-            "draft_logsumexp": ours.cache.logsumexp,
-            "draft_argmax": ours.cache.argmax,
-            "draft_threshold": ours.cache.threshold,
-            "draft_ids": ours.cache.ids,
-        }
-    verification = ours.backend.verify(
-        logits,
-        drafted[draft_rows],
-        None if ours.cache is None else ours.cache.logits,
-        torch.diff(given["cu_num_logits"]) - 1,
-        states.temperature.gpu,
-        states.seeds.gpu,
-        given["pos"][first_rows] + 1,
-        slots=given["idx_mapping"],
-        first_rows=first_rows,
-        target_is_processed=logits is not given["logits"],
-        filters=_filters(ours, states, given, logits),
-        block=ours.in_blocks,
-        workspace=ours.workspace,
-        **kept,
+    num_drafts = torch.diff(given["cu_num_logits"]) - 1
+    verification = _verified(
+        ours, sampler, given, logits, given["idx_mapping"], drafted[draft_rows], num_drafts, first_rows
     )
-    wants_logprobs = states.max_num_logprobs(given["idx_mapping_np"]) >= 0
+    wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
     return processed, verification.token_ids, verification.num_accepted.to(torch.int32) + 1
 
@@ -250,23 +228,56 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
 def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row of logits, [num_rows] int64, and the processed logits."""
     ours: Tools = sampler.bebop
-    states = sampler.sampling_states
     logits = _logits_to_sample(sampler, given)
-    temperature = states.temperature.gpu
-    if logits is not given["logits"]:  # then they carry it already
-        temperature = torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0)
-    sample = ours.backend.sample(
-        logits,
-        temperature,
-        states.seeds.gpu,
-        given["pos"] + 1,
-        slots=given["expanded_idx_mapping"],
-        streams=_TARGET_STREAMS,
-        filters=_filters(ours, states, given, logits),
-        workspace=ours.workspace,
-    )
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    # Verification of no drafts, unless a grammar has ruled out the first of some request.
+    drafts = rows.new_full((len(rows), ours.num_steps), -1)
+    slots = given["expanded_idx_mapping"]
+    verification = _verified(ours, sampler, given, logits, slots, drafts, torch.zeros_like(rows), rows)
     processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
-    return sample.token_ids.clone(), processed  # vLLM copies it to the host while the next step may be running
+    return verification.token_ids[:, 0], processed
+
+
+def _verified(
+    ours: Tools,
+    sampler: Any,
+    given: Arguments,
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    drafts: torch.Tensor,
+    num_drafts: torch.Tensor,
+    first_rows: torch.Tensor,
+) -> Verification:
+    """drafts: [num_reqs, num_speculative_steps]; slots, num_drafts, first_rows: [num_reqs]."""
+    states = sampler.sampling_states
+    positions = given["pos"][first_rows] + 1
+    kept = {}
+    if ours.cache is not None:
+        drafts, num_drafts = ours.cache.with_ruled_out(
+            given["logits"], slots, drafts, num_drafts, first_rows, positions
+        )
+        kept = {
+            "draft_logsumexp": ours.cache.logsumexp,
+            "draft_argmax": ours.cache.argmax,
+            "draft_threshold": ours.cache.threshold,
+            "draft_ids": ours.cache.ids,
+        }
+    return ours.backend.verify(
+        logits,
+        drafts,
+        None if ours.cache is None else ours.cache.logits,
+        num_drafts,
+        states.temperature.gpu,
+        states.seeds.gpu,
+        positions,
+        slots=slots,
+        first_rows=first_rows,
+        target_is_processed=logits is not given["logits"],
+        filters=_filters(ours, states, given, logits),
+        block=ours.in_blocks,
+        workspace=ours.workspace,
+        **kept,
+    )
 
 
 def _filters(ours: Tools, states: Any, given: Arguments, logits: torch.Tensor) -> Filters:
@@ -291,6 +302,8 @@ def _add_request(states: Any, given: Arguments) -> bool:
     slot = given["req_idx"]
     if given["sampling_params"].seed is None:
         states.seeds.np[slot] = states.bebop_seeds.integers(2**63)
+    if states.bebop_cache is not None:
+        states.bebop_cache.forget(slot)
     wants_logprobs = states.max_num_logprobs(np.array([slot])) >= 0
     is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _is_filtered(states, slot))
     return bool(states.temperature.np[slot] != 0.0 and is_left)
