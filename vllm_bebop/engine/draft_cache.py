@@ -1,7 +1,8 @@
 """q of the last drafts, kept for verification by request slot (model runner V2): its memory, its limit, its allocation.
 
 A slot past the end of a limited cache drafts argmax q and is verified as one-hot: lossless too, with fewer tokens
-accepted. The kernels see to that; here only the number of cached slots is decided.
+accepted. The kernels see to that; here only the number of cached slots is decided. The drafts themselves are kept too,
+for those that a grammar rules out before verification.
 """
 
 from __future__ import annotations

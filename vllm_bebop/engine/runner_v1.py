@@ -151,7 +151,11 @@ class V1Requests:
         if draft is None or draft.logits is None or step >= len(draft.token_ids):
             return False
         params = self._runner.requests[self._runner.input_batch.req_ids[row]].sampling_params
-        return params.structured_outputs is not None and bool(logits[draft.token_ids[step]] == float("-inf"))
+        if params.structured_outputs is None:
+            return False
+        first, last = self._runner.query_start_loc.gpu[row : row + 2].tolist()
+        is_read_anew = last - first > len(draft.token_ids) + 1  # after preemption, when the drafts were dropped
+        return not is_read_anew and bool(logits[draft.token_ids[step]] == float("-inf"))
 
 
 class BebopProposer(EagleProposer):
