@@ -43,7 +43,8 @@ def replace_what_the_interpreter_cannot_run() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+        in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
+        topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
 
 
 def unsupported_families() -> dict[str, str]:

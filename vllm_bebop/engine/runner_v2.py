@@ -235,7 +235,7 @@ def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]
     slots = given["expanded_idx_mapping"]
     verification = _verified(ours, sampler, given, logits, slots, drafts, torch.zeros_like(rows), rows)
     processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
-    return verification.token_ids[:, 0], processed
+    return verification.token_ids[:, 0].contiguous(), processed  # vLLM's kernels read it as such
 
 
 def _verified(
