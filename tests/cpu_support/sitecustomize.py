@@ -6,7 +6,7 @@ each just before the package it concerns is first imported:
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
 * Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
-  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`; and memory is not pinned for a device.
+  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
 """
 
 import contextlib
@@ -54,8 +54,6 @@ def run_triton_on_the_cpu() -> None:
 
     backends["cpu"] = SimpleNamespace(driver=CpuDriver, compiler=None)
     libdevice.log1p = lambda x, **_: tl.log(1.0 + x)
-    tensor = torch.tensor
-    torch.tensor = lambda *args, pin_memory=False, **kwargs: tensor(*args, **kwargs)  # vLLM until 0.28 asks for it
     _accept_integer_masks()
 
 

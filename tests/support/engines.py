@@ -38,15 +38,6 @@ def environment_for_every_family() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
 
 
-def replace_what_the_interpreter_cannot_run() -> None:
-    """vLLM's top-k/top-p kernel, for model runner V2 without a GPU; it has the same in PyTorch."""
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
-        topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
-
-
 def unsupported_families() -> dict[str, str]:
     """Families that the installed vLLM cannot serve as these tests need it, and why; a matter of its version."""
     vllm = Path(find_spec("vllm").origin).parent
