@@ -99,6 +99,8 @@ def test_prefix_cache_does_not_change_the_text(both):
 
 def test_preempted_requests_resume_the_same(both):
     v2, v1 = both
+    if v1["num_preemptions"][1] == 0:
+        pytest.skip("this vLLM's scheduler makes the crowd wait instead")
     before, after = v2["num_preemptions"]
     assert after > before == 0
     assert v2["preemption"] == v1["preemption"]

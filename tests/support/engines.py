@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,23 @@ def environment_for_every_family() -> dict[str, str]:
     """
     search = [ROOT / "tests" / "cpu_support", ROOT / ".venv" / "torchvision", os.environ.get("PYTHONPATH")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
+
+
+def replace_what_the_interpreter_cannot_run() -> None:
+    """For model runner V2 without a GPU: vLLM's top-k/top-p kernel, which it has in PyTorch too, and pinned memory."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu import structured_outputs
+
+    in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
+    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
+
+    # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
+    def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(*args, **kwargs)
+
+    structured_outputs.torch = SimpleNamespace(**vars(torch) | {"tensor": unpinned})
 
 
 def unsupported_families() -> dict[str, str]:

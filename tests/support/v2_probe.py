@@ -11,7 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from tests.support import laws
-from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
+from tests.support.engines import (
+    BEBOP,
+    TINY_MODEL,
+    accepted_per_position,
+    engine,
+    replace_what_the_interpreter_cannot_run,
+    runner,
+    token_ids,
+)
 from vllm_bebop.bench.conditions import on_cpu
 
 PROMPTS = [
@@ -51,8 +59,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 KINDS_PROMPT, KINDS_SEED = "The module provides ", 7
-# Short contexts, since the interpreter pays for each block of a block table; and few blocks, so that eight long prompts
-# are preempted, but none of the other batches.
+# Short contexts, since the interpreter pays for each block of a block table; and few blocks, so that twelve long
+# prompts are preempted, but none of the other batches.
 OPTIONS = {"max_num_seqs": 32, "max_model_len": 96, "block_size": 32, "num_gpu_blocks_override": 24}
 
 SCORED_PROMPTS = PROMPTS[::4], PROMPTS[1::4]
@@ -119,7 +127,7 @@ def answers(llm: Any) -> dict[str, Any]:
     result["prefix_cache"] = [told(outputs), [output.num_cached_tokens for output in outputs]]
 
     before = _num_preemptions(llm)
-    crowd = [{"prompt_token_ids": list(range(start, start + 60))} for start in range(20, 76, 7)]
+    crowd = [{"prompt_token_ids": list(range(start, start + 60))} for start in range(20, 104, 7)]
     result["preemption"] = told(ask(crowd, [greedy] * len(crowd)))
     result["num_preemptions"] = before, _num_preemptions(llm)
     return result
@@ -182,10 +190,7 @@ def half_a_cache() -> dict[str, Any]:
 
 
 def main() -> None:
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    if on_cpu():  # vLLM's kernel for what a request with logprobs has filtered fails in the interpreter
-        topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    replace_what_the_interpreter_cannot_run()
     print("RESULT", json.dumps(both_samplers() | half_a_cache()))
 
 
