@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from tests.support import target
 from tests.support.engines import BEBOP, ROOT, TINY_MODEL, engine, token_ids
 from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
+from tests.support.totals import assert_totals
 from tests.support.v2_probe import (
     KINDS,
     MAX_TOKENS,
@@ -54,6 +55,10 @@ def test_v2_is_what_ran(v2):
     assert v2["classes"] == [f"Bebop{name}" for name in names]
     assert v2["backend"].startswith("Triton kernels")
     assert v2["accepted"][0] > 0.1 * v2["rounds"]
+
+
+def test_totals_agree_with_vllm_and_with_themselves(v2):
+    assert_totals(v2["totals"], v2["accepted"])
 
 
 def test_greedy_tokens_of_fifty_prompts_are_stock_without_speculation(v2):

@@ -180,12 +180,13 @@ def half_a_cache() -> dict[str, Any]:
         prompt = llm.get_tokenizer().encode(LAW_PROMPT)
         drawn = laws.sample(llm, prompt, NUM_SAMPLES, first_seed=0, temperature=1.0)
         result["honest"] = laws.p_values(drawn, TINY_MODEL, prompt)
+        result["totals"] = llm.collective_rpc("bebop_totals")[0]
+        result["rounds"], result["accepted"] = accepted_per_position(llm)
         # The planted fault: accept every draft. In the reference, since a compiled kernel cannot be changed.
         use(llm, plain())
         reference._is_below_ratio = lambda u, log_a, log_b: u > 0
         drawn = laws.sample(llm, prompt, NUM_SAMPLES // 3, first_seed=NUM_SAMPLES, temperature=1.0)
         result["faulty"] = laws.p_values(drawn, TINY_MODEL, prompt)
-        result["rounds"], result["accepted"] = accepted_per_position(llm)
     return result
 
 

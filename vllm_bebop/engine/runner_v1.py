@@ -35,6 +35,7 @@ from vllm_bebop.kernels.reference import (
     sample_reference,
     verify_reference,
 )
+from vllm_bebop.kernels.tally import new_totals, tally_reference
 
 logger = logging.getLogger("vllm.bebop")
 
@@ -55,10 +56,10 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     runner.drafter.in_blocks = config.acceptance == "block"
 
 
-def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
-    """Exchange both samplers: seeded noise has to be the same whichever of them a step happens to use."""
+def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
+    """Exchange both samplers: seeded noise has to be the same whichever a step uses. Returns totals to be tallied."""
     if not hasattr(runner, "drafter"):
-        return
+        return None
     if runner.device.type == "cuda":
         logger.warning("bebop: on model runner V1 the sampler is plain PyTorch, which is slow on a GPU; V2 has kernels")
     requests = runner.drafter.requests
@@ -68,6 +69,8 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     runner.rejection_sampler.requests = requests
     rule = accept_block if config.acceptance == "block" else accept_one_by_one
     runner.sampler.rule = runner.rejection_sampler.rule = rule
+    runner.rejection_sampler.totals = new_totals(runner.drafter.num_speculative_tokens, runner.device)
+    return runner.rejection_sampler.totals
 
 
 @dataclass
@@ -270,6 +273,7 @@ class BebopRejectionSampler(RejectionSampler):
 
     requests: V1Requests
     rule: Rule
+    totals: torch.Tensor
 
     def forward(
         self,
@@ -298,6 +302,7 @@ class BebopRejectionSampler(RejectionSampler):
             target_is_processed=True,
             rule=self.rule,
         )
+        tally_reference(verification, self.totals)
         token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:

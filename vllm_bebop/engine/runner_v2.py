@@ -42,6 +42,7 @@ from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.candidates import Candidates
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.reference import Verification
+from vllm_bebop.kernels.tally import new_totals
 
 _PROCESSED_MODES = ("processed_logprobs", "processed_logits")
 
@@ -59,6 +60,7 @@ class Tools:
     filters: Filters = NO_FILTERS  # by slot, for drafting: copies that a captured graph can read
     in_blocks: bool = False  # drafts are verified as a block
     num_steps: int = 0  # of verification
+    totals: torch.Tensor | None = None  # of verification
 
 
 def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
@@ -93,11 +95,11 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
     speculator.bebop = Tools(chosen, workspace, cache, candidates, filters, in_blocks=config.acceptance == "block")
 
 
-def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
-    """Exchange both samplers; called after weights are loaded, when V2 has built them."""
+def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
+    """Exchange both samplers; called after weights are loaded, when V2 has built them. Returns totals to be tallied."""
     sampler, rejection_sampler = runner.sampler, runner.rejection_sampler
     if rejection_sampler is None:  # not the last pipeline rank
-        return
+        return None
     if getattr(rejection_sampler, "watermark_key", None) is not None:
         raise BebopConfigError("bebop's sampler puts no watermark into the text: serve without 'watermark_config'")
     states, device = sampler.sampling_states, runner.device
@@ -113,9 +115,11 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> None:
     num_steps = rejection_sampler.num_speculative_steps
     workspace = chosen.verification_workspace(size[0], num_steps, size[1], device, with_draft_statistics=False)
     in_blocks = config.acceptance == "block"
-    tools = Tools(chosen, workspace, cache, filters=filters, in_blocks=in_blocks, num_steps=num_steps)
+    totals = new_totals(num_steps, device)
+    tools = Tools(chosen, workspace, cache, None, filters, in_blocks, num_steps, totals)
     sampler.bebop = rejection_sampler.bebop = tools
     _compile_ahead(runner)
+    return totals
 
 
 def _compile_ahead(runner: Any) -> None:
@@ -220,6 +224,7 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     verification = _verified(
         ours, sampler, given, logits, given["idx_mapping"], drafted[draft_rows], num_drafts, first_rows
     )
+    ours.backend.tally(verification, ours.totals)
     wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
     return processed, verification.token_ids, verification.num_accepted.to(torch.int32) + 1

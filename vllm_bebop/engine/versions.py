@@ -53,6 +53,7 @@ _INTAKE = (
     Seam("vllm.distributed.parallel_state:get_pcp_group", (), "engine/draft_loader.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.init_device", (), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.load_model", (), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", (), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.sleep", ("level",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.wake_up", ("tags",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.get_model", (), "engine/sleeping_head.py"),

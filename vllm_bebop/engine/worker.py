@@ -4,8 +4,9 @@
 `...Worker[their/module/TheirWorker]` where a framework had set a worker of its own: attributes of this module are made
 on demand, each a subclass of the worker it stands for. `--worker-extension-cls` composes with either.
 
-Upstream symbols: `Worker.{init_device, load_model, sleep, wake_up, use_v2_model_runner}`, `model_runner.{drafter,
-sampler, rejection_sampler}` (model runner V1), `model_runner.{speculator, sampler, rejection_sampler}` (V2).
+Upstream symbols: `Worker.{init_device, load_model, compile_or_warm_up_model, sleep, wake_up, use_v2_model_runner}`,
+`model_runner.{drafter, sampler, rejection_sampler}` (model runner V1), `model_runner.{speculator, sampler,
+rejection_sampler}` (V2).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm_bebop.engine import (
     lifeline,
     sleeping_head,
 )
+from vllm_bebop.kernels.tally import read_totals
 
 
 def _worker_over(base: type) -> type:
@@ -29,6 +31,7 @@ def _worker_over(base: type) -> type:
         """See the module's docstring."""
 
         _kept_head: dict[str, torch.Tensor] = {}
+        _totals: torch.Tensor | None = None
 
         def init_device(self) -> None:
             lifeline.follow_server()
@@ -37,7 +40,21 @@ def _worker_over(base: type) -> type:
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
             super().load_model(*args, **kwargs)
-            _seams(self).upgrade_sampling(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
+            config = BebopConfig.from_vllm(self.vllm_config)
+            self._totals = _seams(self).upgrade_sampling(self.model_runner, config)
+
+        def compile_or_warm_up_model(self) -> Any:
+            times = super().compile_or_warm_up_model()
+            if self._totals is not None:
+                self._totals.zero_()  # requests made up for the warm-up do not count
+            return times
+
+        def bebop_totals(self) -> dict[str, list[float]] | None:
+            """For `collective_rpc("bebop_totals")`: sums since the start by draft step, see `kernels.tally`.
+
+            Ranks that sample the same tokens return the same; pipeline ranks but the last, None.
+            """
+            return None if self._totals is None else read_totals(self._totals)
 
         def sleep(self, level: int = 1) -> None:
             self._kept_head = sleeping_head.copy_head(self) if level == 2 else {}

@@ -1,0 +1,84 @@
+"""Running totals over verifications: by hand, and the kernel against its reference.
+
+Runs on the GPU where there is one, otherwise in Triton's interpreter: see test_kernels_sampling.
+"""
+
+import pytest
+import torch
+
+from tests.test_kernels_sampling import DEVICE, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from vllm_bebop.kernels.reference import Verification
+from vllm_bebop.kernels.tally import new_totals, read_totals, tally_reference
+
+NAN = float("nan")
+
+
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+test_in_the_interpreter.__test__ = not RUNS_HERE
+
+
+def verification(num_accepted: list[int], entropy: list, overlap: list, argmax_prob: list) -> Verification:
+    count = torch.zeros(len(num_accepted), dtype=torch.int64, device=DEVICE)
+    tensors = (torch.tensor(rows, device=DEVICE) for rows in (entropy, overlap, argmax_prob))
+    token_ids = torch.zeros(len(num_accepted), len(entropy[0]), dtype=torch.int64, device=DEVICE)
+    return Verification(token_ids, torch.tensor(num_accepted, device=DEVICE), *tensors, count, count)
+
+
+def random_verification(batch: int, max_drafts: int, seed: int) -> Verification:
+    """Rounds of any number of drafts; NaN in some of the steps past them, and past the first rejection."""
+    generator = torch.Generator().manual_seed(seed)
+    num_drafts = torch.randint(0, max_drafts + 1, (batch,), generator=generator)
+    num_accepted = (torch.rand(batch, generator=generator) * (num_drafts + 1)).long()
+    steps = torch.arange(max_drafts + 1)
+    hidden = (steps > num_accepted[:, None]) & (torch.rand(batch, max_drafts + 1, generator=generator) < 0.5)
+    hidden |= steps > num_drafts[:, None]
+    values = torch.rand(3, batch, max_drafts + 1, generator=generator).masked_fill(hidden, NAN)
+    overlap, argmax_prob = (value.masked_fill(steps == num_drafts[:, None], NAN)[:, :-1] for value in values[1:])
+    return verification(num_accepted.tolist(), values[0].tolist(), overlap.tolist(), argmax_prob.tolist())
+
+
+def test_tally_reference_counts_served_steps_only() -> None:
+    totals = new_totals(2, DEVICE)
+    rounds = verification(
+        num_accepted=[2, 0, 0, 1],
+        entropy=[[1.0, 2.0, 3.0], [4.0, 50.0, 60.0], [70.0, NAN, NAN], [5.0, 6.0, NAN]],
+        overlap=[[0.5, 0.25], [0.125, 0.9], [NAN, NAN], [0.75, NAN]],  # the third has no draft, the fourth one
+        argmax_prob=[[0.1, 0.2], [0.3, 0.9], [NAN, NAN], [0.4, NAN]],
+    )
+    tally_reference(rounds, totals)
+    tally_reference(rounds, totals)
+    expected = {
+        "tokens": [6, 4, 2],
+        "entropy_nats": [20.0, 16.0, 6.0],
+        "drafts": [6, 2],
+        "accepted": [4, 2],
+        "overlap": [2.75, 0.5],
+        "target_only": [1.6, 0.4],
+    }
+    assert {name: pytest.approx(row) for name, row in read_totals(totals).items()} == expected
+
+
+@runs_kernels
+@pytest.mark.parametrize(("batch", "max_drafts"), [(0, 3), (1, 1), (5, 0), (7, 3), (300, 16)])
+def test_tally_equals_reference(batch: int, max_drafts: int) -> None:
+    from vllm_bebop.kernels.tally_kernel import tally
+
+    ours, eager = new_totals(max_drafts, DEVICE), new_totals(max_drafts, DEVICE)
+    for seed in range(2):
+        rounds = random_verification(max(batch, 1), max_drafts, seed)
+        rounds = Verification(*(getattr(rounds, name)[:batch] for name in Verification.__dataclass_fields__))
+        tally(rounds, ours)
+        tally_reference(rounds, eager)
+    torch.testing.assert_close(ours, eager, rtol=1e-6, atol=0)
+    assert batch * max_drafts == 0 or (ours[0] > 0).any()
+
+
+@runs_kernels
+def test_tally_refuses_totals_of_another_size() -> None:
+    from vllm_bebop.kernels.tally_kernel import tally
+
+    with pytest.raises(ValueError, match="totals has shape"):
+        tally(random_verification(2, 3, 0), new_totals(2, DEVICE))
