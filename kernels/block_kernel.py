@@ -18,11 +18,10 @@ import triton.language as tl
 from vllm_bebop.kernels.device import NEG_INF, add_gumbel, load_statistics, pick, uniform
 from vllm_bebop.kernels.filtering import load_kept_block
 from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.resampling import TARGET_BLOCK, TARGET_TOKEN, residual_of
+from vllm_bebop.kernels.resampling import RESIDUAL_BLOCK, RESIDUAL_TOKEN, TARGET_BLOCK, TARGET_TOKEN, residual_of
 from vllm_bebop.kernels.verification_rows import LOG_RATIO, LSE_P, NO_DRAFT
 
 ACCEPT = tl.constexpr(int(Stream.ACCEPT))
-RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.constexpr(int(Stream.RESIDUAL_TOKEN))
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def sample_kernel(
     statistics = statistics_ptr + request * num_blocks
     step = 0
     if step_ptr is not None:
-        step = tl.load(step_ptr)
+        step = tl.load(step_ptr).to(tl.int64)
 
     is_drawn = in_batch
     if FILTERED:

@@ -91,7 +91,10 @@ def find_threshold(
     has_top_k = mask & (top_k > 0) & (top_k < vocab_size)
     if tl.max(has_top_k.to(tl.int32), axis=0) > 0:
         # The k sub-blocks with the largest maxima hold k tokens at or above the k-th of these.
-        bound = pick(tl.sort(largest, descending=True), tl.where(has_top_k, top_k - 1, 0))
+        ordered = largest
+        if largest.shape[1] > 1:  # Triton's AMD backend cannot sort one number
+            ordered = tl.sort(largest, descending=True)
+        bound = pick(ordered, tl.where(has_top_k, top_k - 1, 0))
         bound = tl.maximum(tl.where(top_k <= largest.shape[1], bound, LOWEST), LOWEST)
         kth_largest = _largest_with(
             rows, has_top_k, inverse_temperature, bitmask_ptr, bitmask_row, bound, top_k.to(tl.float32),

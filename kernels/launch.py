@@ -9,6 +9,7 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads
+MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
 
 
@@ -24,7 +25,13 @@ def partition(vocab_size: int) -> tuple[int, int]:
 
 
 def requests_per_program(batch: int, tile_size: int) -> int:
-    """1 on a GPU. Interpreted, as many as keep a program's tile near INTERPRETER_ELEMENTS."""
+    """1 on a GPU. Interpreted, as many as keep a program's tile near INTERPRETER_ELEMENTS.
+
+    Raises:
+        ValueError: more requests than a grid of CUDA can have.
+    """
     if not is_interpreted():
+        if batch > MAX_BATCH:
+            raise ValueError(f"{batch} requests are more than one call can take: split them, {MAX_BATCH} at most")
         return 1
     return max(1, min(triton.next_power_of_2(batch), INTERPRETER_ELEMENTS // tile_size))

@@ -11,6 +11,16 @@ from vllm_bebop.kernels.philox import Stream
 TARGET_BLOCK, TARGET_TOKEN = tl.constexpr(int(Stream.TARGET_BLOCK)), tl.constexpr(int(Stream.TARGET_TOKEN))
 THINNING_BLOCK, THINNING_TOKEN = tl.constexpr(int(Stream.THINNING_BLOCK)), tl.constexpr(int(Stream.THINNING_TOKEN))
 THINNING_KEEP = tl.constexpr(int(Stream.THINNING_KEEP))
+RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.constexpr(int(Stream.RESIDUAL_TOKEN))
+
+
+@triton.jit
+def load_draft_threshold(threshold_ptr, slot, step, max_drafts, mask):
+    """[R]: the lowest logit that counts in each draft row; -inf where masked or not given."""
+    threshold = tl.where(mask, NEG_INF, NEG_INF)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + slot * max_drafts + step, mask=mask, other=NEG_INF)
+    return threshold
 
 
 @triton.jit
@@ -137,3 +147,78 @@ def residual_of(
         draft_row, draft_ids, draft_threshold, mask, ids, token, is_point_mass, logsumexp_q, inverse_draft
     )
     return tl.maximum(tl.exp(log_p) - tl.exp(log_q), 0.0)
+
+
+@triton.jit
+def store_residual_sums(
+    target_row,
+    bitmask_ptr,
+    bitmask_row,
+    threshold,
+    draft_row,
+    draft_ids,
+    draft_threshold,
+    is_read,
+    is_stored,
+    token,
+    is_point_mass,
+    logsumexp_p,
+    logsumexp_q,
+    inverse_target,
+    inverse_draft,
+    tile,
+    sums,
+    num_blocks,
+    vocab_size,
+    SUB_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads one tile of R rows of p and of q and stores each sub-block's sum of max(0, p - q).
+
+    sums: [R] pointers to each row's first sub-block; is_read, is_stored: [R], 0 is stored for what is not read.
+    """
+    ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
+    residual = residual_of(
+        target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
+        is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+    )  # fmt: skip
+    blocks = tile * TILE + tl.arange(0, TILE)[None, :]
+    of_blocks = tl.sum(tl.reshape(residual, [sums.shape[0], TILE, SUB_BLOCK]), axis=2)
+    tl.store(sums[:, None] + blocks, of_blocks, mask=is_stored[:, None] & (blocks < num_blocks))
+
+
+@triton.jit
+def draw_from_residual(
+    target_row,
+    bitmask_ptr,
+    bitmask_row,
+    threshold,
+    draft_row,
+    draft_ids,
+    draft_threshold,
+    is_read,
+    token,
+    is_point_mass,
+    block_sums,
+    logsumexp_p,
+    logsumexp_q,
+    inverse_target,
+    inverse_draft,
+    seed,
+    position,
+    vocab_size,
+    SUB_BLOCK: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
+):
+    """[R]: a token from max(0, p - q), of whose sub-blocks block_sums [R, PADDED_BLOCKS] are the sums."""
+    never_greedy = token < -1
+    blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    noisy = add_gumbel(tl.log(block_sums), seed, position, RESIDUAL_BLOCK, blocks, 0, never_greedy)
+    block = tl.argmax(noisy, axis=1)
+    ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
+    residual = residual_of(
+        target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
+        is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+    )  # fmt: skip
+    noisy = add_gumbel(tl.log(residual), seed, position, RESIDUAL_TOKEN, ids, 0, never_greedy)
+    return block * SUB_BLOCK + tl.argmax(noisy, axis=1)

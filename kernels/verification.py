@@ -40,7 +40,7 @@ class VerificationWorkspace:
     """Scratch of `verify` for up to max_batch requests of up to max_drafts tokens; reused by any number of calls.
 
     Memory: 20 bytes per target row and sub-block (about 6 kB per row at 151,936 tokens); 16 more where the draft's
-    logsumexp is not given. Every launch leaves the counters as it found them.
+    logsumexp is not given. Every launch leaves the counters as it found them. Calls that share one run on one stream.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ def verify(
         draft_token_ids: [B, max_drafts] int32 or int64; -1 (or any id outside the vocabulary) is no draft.
         draft_logits: [B, max_drafts, V] bf16, fp16 or fp32, before temperature. None: every draft is one-hot.
         num_draft_tokens: [B] int32 or int64, 0 .. max_drafts. The values cannot be checked without waiting for the
-            device; they are clamped to that range, and rows past N read as empty.
+            device; they are clamped to that range, and rows outside the N read as empty.
         temperature: [B] fp32; below 1e-5 is greedy.
         seeds: [B] int64. positions: [B] int32 or int64.
         one_hot: [B] bool, requests whose draft is a point mass on its token.

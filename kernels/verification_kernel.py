@@ -4,46 +4,16 @@ import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, weigh_block
-from vllm_bebop.kernels.device import (
-    GREEDY_TEMPERATURE,
-    NEG_INF,
-    add_gumbel,
-    finite,
-    load_statistics,
-    merge_entropy,
-    merge_logsumexp,
-    pick,
-    summarize_tile,
-    take_ticket,
-    uniform,
-)
-from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept, load_kept_block
-from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.resampling import draft_log_prob, draw_last_token, is_below_ratio, residual_of
-from vllm_bebop.kernels.verification_rows import (
-    ACCEPTED,
-    ARGMAX_PROB,
-    ENTROPY,
-    LOG_RATIO,
-    LSE_P,
-    LSE_Q,
-    NAN,
-    NO_DRAFT,
-    NUM_NAN,
-    OVERLAP,
-    REJECTED,
-    THRESHOLD,
-    store_output,
-)
-
-ACCEPT_STREAM = tl.constexpr(int(Stream.ACCEPT))
-RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.constexpr(int(Stream.RESIDUAL_TOKEN))
+from vllm_bebop.kernels.device import GREEDY_TEMPERATURE, NEG_INF, load_statistics, pick, summarize_tile, take_ticket
+from vllm_bebop.kernels.resampling import draw_from_residual, draw_last_token, load_draft_threshold, store_residual_sums
+from vllm_bebop.kernels.row_decision import decide_row
+from vllm_bebop.kernels.verification_rows import ACCEPTED, LSE_P, LSE_Q, REJECTED, THRESHOLD, store_output
 
 NO_REJECTION = tl.constexpr(2**30)
 SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did not read
 
 
-@triton.jit(do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "batch"])
+@triton.jit(do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"])
 def verify_kernel(
     target_ptr,
     target_stride,
@@ -149,13 +119,13 @@ def verify_kernel(
     row = first_row + step
     row_index = request * num_steps + step
     is_row = in_batch & (step <= num_drafts)
-    is_read = is_row & is_request & (row < num_target_rows)
+    is_read = is_row & is_request & (row >= 0) & (row < num_target_rows)
     target_row = target_ptr + row * target_stride
     bitmask_row = row * bitmask_stride
     threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
     draft_row, draft_ids = None, None
     if draft_ptr is not None:
-        draft_row = draft_ptr + slot * draft_slot_stride + step * draft_step_stride
+        draft_row = draft_ptr + slot * draft_slot_stride + step.to(tl.int64) * draft_step_stride
     if draft_ids_ptr is not None:
         draft_ids = draft_ids_ptr + (slot * max_drafts + step) * num_candidates
     has_draft = is_request & (step < num_drafts)
@@ -175,7 +145,10 @@ def verify_kernel(
     if STATISTICS:
         is_wanted = is_row
         if RESOLUTION:
-            is_wanted = is_row & (step <= tl.load(first_rejected_ptr + request, mask=in_batch, other=0, volatile=True))
+            # Each thread would load for itself, while other programs write: from an atomic all of them get one number.
+            nothing = tl.zeros([REQUESTS], tl.int32)
+            first_rejected = tl.atomic_add(first_rejected_ptr + request, nothing, mask=in_batch, sem="relaxed")
+            is_wanted = is_row & (step <= first_rejected)
         arrival = 1 + SKIPPED
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
             arrival = 1
@@ -195,94 +168,16 @@ def verify_kernel(
     # --- Decision of one row, by the last of its tiles to arrive.
     if DECISION:
         if (arrived > 0) & (arrived < SKIPPED):
-            block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-            block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
-            num_nan = tl.sum(load_statistics(target_statistics + 2 * plane, is_row, num_blocks, PADDED_BLOCKS, 0.0), 1)
-            if FILTERED:
-                top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_request)
-                largest = load_statistics(target_statistics + 3 * plane, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-                threshold, block_logsumexp, block_entropy = find_threshold(
-                    target_row, is_read & ~is_greedy, inverse_target, bitmask_ptr, bitmask_row, top_k, top_p, min_p,
-                    largest, block_logsumexp, block_entropy, vocab_size, SUB_BLOCK,
-                )  # fmt: skip
-                all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
-                is_block = is_row[:, None] & (all_blocks < num_blocks)
-                tl.store(target_statistics[:, None] + all_blocks, block_logsumexp, mask=is_block)
-                tl.store(rows + THRESHOLD * row_plane, threshold, mask=is_row)
-            logsumexp_p = merge_logsumexp(block_logsumexp, is_greedy)
-            entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp_p, is_greedy)
-            logsumexp_q = tl.zeros([REQUESTS], tl.float32)
-            if draft_logsumexp_ptr is not None:
-                logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=has_draft, other=NEG_INF)
-            elif draft_ptr is not None:
+            draft_statistics = None
+            if draft_statistics_ptr is not None:
                 draft_statistics = draft_statistics_ptr + row_index * num_blocks
-                of_blocks = load_statistics(draft_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-                logsumexp_q = merge_logsumexp(of_blocks, is_greedy)
-
-            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
-            if draft_threshold_ptr is not None:
-                draft_threshold = tl.load(
-                    draft_threshold_ptr + slot * max_drafts + step, mask=has_draft & ~is_point_mass, other=NEG_INF
-                )
-            is_token = is_read & (token >= 0)
-            score = tl.max(
-                load_kept(
-                    target_row, token[:, None], is_token[:, None], inverse_target, bitmask_ptr, bitmask_row, threshold
-                ),
-                axis=1,
-            )
-            log_p = score - finite(logsumexp_p)
-            if tl.max(is_greedy.to(tl.int32), axis=0) > 0:
-                top_block = tl.argmax(block_logsumexp, axis=1)
-                scores, _ = load_kept_block(
-                    target_row, top_block, is_read, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size,
-                    SUB_BLOCK,
-                )  # fmt: skip
-                is_argmax = (score > NEG_INF) & (token == top_block * SUB_BLOCK + tl.argmax(scores, axis=1))
-                log_p = tl.where(is_greedy, tl.where(is_argmax, 0.0, NEG_INF), log_p)
-            log_q = tl.max(
-                draft_log_prob(
-                    draft_row,
-                    draft_ids,
-                    draft_threshold,
-                    is_token[:, None],
-                    token[:, None],
-                    token,
-                    is_point_mass,
-                    logsumexp_q,
-                    inverse_draft,
-                ),
-                axis=1,
-            )
-            is_drawn = log_q > NEG_INF
-            u = uniform(seed, first_position + step, ACCEPT_STREAM, tl.zeros([REQUESTS], tl.int32), 0)
-            accepts = is_drawn & is_below_ratio(u, log_p, log_q)
-            log_ratio = log_p - finite(log_q)
-            overlap = tl.exp(tl.minimum(log_ratio, 0.0))
-            argmax_prob = tl.where(is_point_mass, overlap, NAN)
-            if draft_argmax_ptr is not None:
-                at_argmax = is_read & is_drawn & ~is_point_mass
-                argmax_q = tl.load(draft_argmax_ptr + slot * max_drafts + step, mask=at_argmax, other=0)
-                if draft_ids_ptr is not None:
-                    argmax_q = tl.load(draft_ids + argmax_q, mask=at_argmax, other=0).to(tl.int64)
-                score = tl.max(
-                    load_kept(
-                        target_row, argmax_q[:, None], at_argmax[:, None], inverse_target, bitmask_ptr, bitmask_row,
-                        threshold,
-                    ),
-                    axis=1,
-                )  # fmt: skip
-                argmax_prob = tl.where(is_point_mass, overlap, tl.exp(score - finite(logsumexp_p)))
-            verdict = tl.where(accepts, ACCEPTED, tl.where(is_drawn, REJECTED, NO_DRAFT))
-
-            tl.store(rows + LSE_P * row_plane, logsumexp_p, mask=is_row)
-            tl.store(rows + LSE_Q * row_plane, logsumexp_q, mask=is_row)
-            tl.store(rows + ENTROPY * row_plane, entropy, mask=is_row)
-            tl.store(rows + NUM_NAN * row_plane, num_nan, mask=is_row)
-            tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, NAN), mask=is_row)
-            tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, NAN), mask=is_row)
-            tl.store(rows + LOG_RATIO * row_plane, log_ratio, mask=is_row)
-            tl.store(verdicts_ptr + row_index, verdict, mask=is_row)
+            accepts = decide_row(
+                target_row, bitmask_ptr, bitmask_row, top_k_ptr, top_p_ptr, min_p_ptr, draft_row, draft_ids,
+                draft_logsumexp_ptr, draft_argmax_ptr, draft_threshold_ptr, slot, step, max_drafts, token, is_row,
+                is_request, is_read, has_draft, is_point_mass, is_greedy, seed, first_position + step, inverse_target,
+                inverse_draft, target_statistics, draft_statistics, plane, rows, row_plane, verdicts_ptr + row_index,
+                num_blocks, vocab_size, FILTERED, SUB_BLOCK, PADDED_BLOCKS,
+            )  # fmt: skip
             if RESOLUTION:
                 is_rejection = is_row & (step < num_drafts) & ~accepts
                 tl.atomic_min(first_rejected_ptr + request, step, mask=is_rejection)
@@ -300,24 +195,18 @@ def verify_kernel(
         if tl.max(is_summed.to(tl.int32), axis=0) > 0:
             if FILTERED:
                 threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_summed, other=NEG_INF)
-            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
-            if draft_threshold_ptr is not None:
-                draft_threshold = tl.load(
-                    draft_threshold_ptr + slot * max_drafts + step, mask=is_summed & ~is_point_mass, other=NEG_INF
-                )
+            draft_threshold = load_draft_threshold(
+                draft_threshold_ptr, slot, step, max_drafts, is_summed & ~is_point_mass
+            )
             log_weight_here = tl.where(is_summed, pick(log_weight, step), 0.0)
             logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_summed, other=0.0) - log_weight_here
             logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_summed, other=0.0)
-            ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
-            residual = residual_of(
+            store_residual_sums(
                 target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold,
-                is_read & is_summed, ids, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
-                inverse_draft, vocab_size,
+                is_read & is_summed, is_summed, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
+                inverse_draft, tile, residual_sums_ptr + (request * max_drafts + step) * num_blocks, num_blocks,
+                vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
-            sums = tl.sum(tl.reshape(residual, [REQUESTS, TILE, SUB_BLOCK]), axis=2)
-            blocks = tile * TILE + tl.arange(0, TILE)[None, :]
-            residual_sums = residual_sums_ptr + (request * max_drafts + step) * num_blocks
-            tl.store(residual_sums[:, None] + blocks, sums, mask=is_summed[:, None] & (blocks < num_blocks))
         num_tiles = tl.num_programs(0) * tl.num_programs(2)
         is_resolver = take_ticket(request_tickets_ptr + group, num_tiles, 1) > 0
 
@@ -345,7 +234,7 @@ def verify_kernel(
 
             row = first_row + num_accepted
             row_index = request * num_steps + num_accepted
-            is_read = is_request & (row < num_target_rows)
+            is_read = is_request & (row >= 0) & (row < num_target_rows)
             target_row = target_ptr + row * target_stride
             bitmask_row = row * bitmask_stride
             if FILTERED:
@@ -353,16 +242,12 @@ def verify_kernel(
                     rows_ptr + THRESHOLD * row_plane + row_index, mask=in_batch, other=NEG_INF, cache_modifier=".cg"
                 )
             if draft_ptr is not None:
-                draft_row = draft_ptr + slot * draft_slot_stride + num_accepted * draft_step_stride
+                draft_row = draft_ptr + slot * draft_slot_stride + num_accepted.to(tl.int64) * draft_step_stride
             if draft_ids_ptr is not None:
                 draft_ids = draft_ids_ptr + (slot * max_drafts + num_accepted) * num_candidates
-            draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
-            if draft_threshold_ptr is not None:
-                draft_threshold = tl.load(
-                    draft_threshold_ptr + slot * max_drafts + num_accepted,
-                    mask=from_residual & ~is_point_mass,
-                    other=NEG_INF,
-                )
+            draft_threshold = load_draft_threshold(
+                draft_threshold_ptr, slot, num_accepted, max_drafts, from_residual & ~is_point_mass
+            )
             rejected = tl.load(tokens_ptr + request * tokens_stride + num_accepted, mask=from_residual, other=-1)
             rejected = rejected.to(tl.int32)
             position = first_position + num_accepted
@@ -403,36 +288,22 @@ def verify_kernel(
     if RESIDUAL:
         if FILTERED:
             threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_request, other=NEG_INF)
-        draft_threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
-        if draft_threshold_ptr is not None:
-            draft_threshold = tl.load(
-                draft_threshold_ptr + slot * max_drafts + step, mask=is_request & ~is_point_mass, other=NEG_INF
-            )
+        draft_threshold = load_draft_threshold(draft_threshold_ptr, slot, step, max_drafts, is_request & ~is_point_mass)
         logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_request, other=0.0)
         logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_request, other=0.0)
-        ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
-        residual = residual_of(
-            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
-            is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
-        )  # fmt: skip
-        sums = tl.sum(tl.reshape(residual, [REQUESTS, TILE, SUB_BLOCK]), axis=2)
-        blocks = tile * TILE + tl.arange(0, TILE)[None, :]
         residual_sums = residual_sums_ptr + request * num_blocks
-        tl.store(residual_sums[:, None] + blocks, sums, mask=is_request[:, None] & (blocks < num_blocks))
+        store_residual_sums(
+            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, is_request,
+            token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, tile, residual_sums,
+            num_blocks, vocab_size, SUB_BLOCK, TILE,
+        )  # fmt: skip
         if take_ticket(request_tickets_ptr + group, tl.num_programs(0), 1) > 0:
-            position = first_position + step
-            never_greedy = token < -1
             block_sums = load_statistics(residual_sums, is_request, num_blocks, PADDED_BLOCKS, 0.0)
-            all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
-            noisy = add_gumbel(tl.log(block_sums), seed, position, RESIDUAL_BLOCK, all_blocks, 0, never_greedy)
-            block = tl.argmax(noisy, axis=1)
-            inside_ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
-            inside = residual_of(
-                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
-                inside_ids, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+            draw = draw_from_residual(
+                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, token,
+                is_point_mass, block_sums, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, seed,
+                first_position + step, vocab_size, SUB_BLOCK, PADDED_BLOCKS,
             )  # fmt: skip
-            noisy = add_gumbel(tl.log(inside), seed, position, RESIDUAL_TOKEN, inside_ids, 0, never_greedy)
-            draw = block * SUB_BLOCK + tl.argmax(noisy, axis=1)
             # An all-zero residual (p equal to q up to rounding) keeps the last draw from p.
             is_replaced = is_request & (tl.sum(block_sums, axis=1) > 0)
             tl.store(token_ids_ptr + row_index, draw.to(tl.int64), mask=is_replaced)

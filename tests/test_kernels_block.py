@@ -12,10 +12,8 @@ from tests.support.statistics import assert_fault_is_caught, assert_laws
 from tests.test_kernels_sampling import (
     DEVICE,
     INF,
-    NAN,
     RUNS_HERE,
     assert_bitwise_equal,
-    assert_equal_from_both_forms,
     assert_no_less_accurate,
     count_mismatches,
     plants_faults,
@@ -27,13 +25,17 @@ from tests.test_kernels_sampling import (
 )
 from tests.test_kernels_sampling import arguments as draft_rows
 from tests.test_kernels_verification import (
+    assert_edge_case,
     case,
     choose_filters,
+    edge_case,
     poisoned,
     select,
     select_output,
     with_draft_statistics,
+    with_ties,
 )
+from tests.test_kernels_verification import laws as laws_by_any_rule
 from tests.test_kernels_verification import verify as verify_by_any_rule
 from vllm_bebop.kernels import block_reference
 from vllm_bebop.kernels.block_reference import verify_block_reference
@@ -113,12 +115,7 @@ def test_verify_block_equals_reference(batch, max_drafts, vocab_size, dtype, kee
 @runs_kernels
 @pytest.mark.parametrize("no_draft_logits", [False, True])
 def test_verify_block_equals_reference_on_processed_logits_and_ties(no_draft_logits: bool) -> None:
-    values = case(64, 3, 600)
-    values["target_logits"] = values["target_logits"].round().masked_fill(values["target_logits"] < -2, -INF)
-    if no_draft_logits:
-        del values["one_hot"]
-        values["draft_logits"] = None
-    assert_equals_reference(values, target_is_processed=True)
+    assert_equals_reference(with_ties(case(64, 3, 600), no_draft_logits=no_draft_logits), target_is_processed=True)
 
 
 @runs_kernels
@@ -148,65 +145,14 @@ def test_verify_block_equals_reference_on_filtered_drafts() -> None:
 
 
 @runs_kernels
-def test_verify_block_reads_rows_at_any_stride() -> None:
-    values = case(32, 3, 700)
-    wide = torch.full((values["target_logits"].shape[0], 1001), NAN, device=DEVICE)
-    wide[:, 3:703] = values["target_logits"]
-    cache = torch.full((32, 5, 911), NAN, device=DEVICE)
-    cache[:, 1:4, 7:707] = values["draft_logits"]
-    strided = values | {"target_logits": wide[:, 3:703], "draft_logits": cache[:, 1:4, 7:707]}
-    assert_bitwise_equal(verify(**strided), verify(**values))
-
-
-@runs_kernels
 def test_verify_block_edge_cases() -> None:
-    """NaN, infinities and empty rows; p equal to q; tokens that p or q excludes, at the second of three drafts."""
-    vocab_size, batch = 600, 16
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(batch, 4, vocab_size, generator=generator) * 2
-    draft_logits = logits[:, :3].clone()
-    token_ids = draft_logits.argmax(dim=2)
-    logits[0:2, 1] = -INF  # an empty row ends the block, and gives token 0
-    logits[2:4, 1, 1::2] = NAN
-    logits[4:6, 1, 5] = INF
-    logits[6, 1, token_ids[6, 1]] = -INF  # p(y) = 0
-    draft_logits[7, 1, token_ids[7, 1]] = -INF  # q(y) = 0: from p
-    draft_logits[8, 1] = NAN  # no q: from p
-    token_ids[9, 1] = -1
-    values = {
-        "target_logits": logits.flatten(0, 1).to(DEVICE),
-        "draft_token_ids": token_ids.to(DEVICE),
-        "draft_logits": draft_logits.to(DEVICE),
-        "num_draft_tokens": torch.full((batch,), 3, device=DEVICE),
-        "temperature": torch.full((batch,), 0.8, device=DEVICE),
-        "seeds": torch.arange(batch, device=DEVICE),
-        "positions": torch.full((batch,), 9, device=DEVICE),
-    }
-    out = assert_equals_reference(values)
-    assert out.num_accepted[10:].tolist() == [3] * 6  # p equal to q always accepts
-    assert out.num_accepted[[0, 1, 6, 7, 8, 9]].tolist() == [1] * 6
-    assert out.token_ids[:2, 1].tolist() == [0, 0] and out.num_empty_rows.tolist() == [1, 1] + [0] * 14
-    assert out.num_nan[2:4].tolist() == [300, 300]
+    assert_edge_case(assert_equals_reference(edge_case(3, 1)), 3, 1)
 
 
 @runs_kernels
-def test_verify_block_of_nothing() -> None:
-    out = verify(**case(0, 3, 100))
-    assert out.token_ids.shape == (0, 4) and out.num_accepted.shape == (0,)
-
-
-@runs_kernels
-def test_verify_block_does_not_depend_on_the_batch(monkeypatch) -> None:
-    from vllm_bebop.kernels import launch
-
+def test_verify_block_has_one_form() -> None:
     values = with_draft_statistics(case(8, 2, 700, torch.bfloat16))
-    out = verify(**values)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
-    assert_bitwise_equal(verify(**select(values, order)), select_output(out, order))
-    assert_bitwise_equal(verify(**select(values, [3, 4, 5])), select_output(out, [3, 4, 5]))
-    assert_equal_from_both_forms(verify(**values, single_launch=True), out)
-    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles skip rows
-    assert_bitwise_equal(verify(**values), out)
+    assert_bitwise_equal(verify(**values, single_launch=True), verify(**values))
 
 
 @runs_kernels
@@ -283,16 +229,6 @@ def test_verify_block_by_slot(integers: torch.dtype) -> None:
 
 
 @runs_kernels
-def test_verify_block_stays_inside_its_tensors_on_wrong_counts() -> None:
-    values = case(4, 2, 100)
-    values["num_draft_tokens"] = torch.tensor([99, -5, 2, 2], device=DEVICE)
-    values["target_logits"] = values["target_logits"][:5]
-    out = verify(**values)
-    assert ((out.num_accepted >= 0) & (out.num_accepted <= 2)).all()
-    assert (out.token_ids < 100).all()
-
-
-@runs_kernels
 def test_verify_block_names_the_wrong_argument() -> None:
     from vllm_bebop.kernels.draft_sampling import sample
     from vllm_bebop.kernels.verification import verify
@@ -322,17 +258,14 @@ def test_sample_with_rounds_equals_reference(integers: torch.dtype) -> None:
 # --- Laws -----------------------------------------------------------------------------------------------------------
 
 
-def laws(num_samples: int, first_seed: int, one_hot: bool = False) -> dict[str, float]:
-    from vllm_bebop import selftest
-    from vllm_bebop.kernels.backend import fused
-
-    return selftest.laws(fused(), num_samples, first_seed, DEVICE, one_hot=one_hot, block=True)
+def laws(num_samples: int, first_seed: int, **options: bool) -> dict[str, float]:
+    return laws_by_any_rule(num_samples, first_seed, **options, block=True)
 
 
 @runs_kernels
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_verify_block_laws(one_hot: bool) -> None:
-    assert_laws(lambda n, first: laws(n, first, one_hot), NUM_SAMPLES)
+    assert_laws(lambda n, first: laws(n, first, one_hot=one_hot), NUM_SAMPLES)
 
 
 def plant_biased_uniform(patch: pytest.MonkeyPatch) -> None:

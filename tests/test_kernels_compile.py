@@ -22,12 +22,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MAX_REGISTERS = 168  # of 65,536 per processor: at least one program of 8 warps, usually two or three
-BF16 = ["logits", "cache", "target", "draft"]
+BF16 = ["logits", "cache", "kept", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
 INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds"]
 INT32 = [
     "slots",
     "top_k",
+    "ids",
+    "cache_ids",
     "draft_ids",
     "bitmask",
     "first_rows",
@@ -42,12 +44,14 @@ BOOL = ["is_empty", "one_hot"]
 TYPES = {
     name: type for names, type in ((BF16, "*bf16"), (INT64, "*i64"), (INT32, "*i32"), (BOOL, "*i1")) for name in names
 }
+TYPES["totals"] = "*fp64"
 SIZES = {"SUB_BLOCK": 512, "TILE": 16, "PADDED_BLOCKS": 512, "REQUESTS": 1}
 
 
 def compile_kernel(kernel, target: str, num_warps: int, absent: tuple[str, ...] = (), **constants):
     """Pointers and strides as a run would specialise them: all divisible by 16."""
-    constants = SIZES | constants | {f"{name}_ptr": None for name in absent}
+    sizes = {name: size for name, size in SIZES.items() if name in kernel.arg_names}
+    constants = sizes | constants | {f"{name}_ptr": None for name in absent}
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -78,6 +82,18 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 FILTERS = ("top_k", "top_p", "min_p")
 
 
+def candidates(target: str):
+    from vllm_bebop.kernels.candidate_kernel import candidates_kernel
+
+    return compile_kernel(candidates_kernel, target, 4)
+
+
+def tally(target: str):
+    from vllm_bebop.kernels.tally_kernel import tally_kernel
+
+    return compile_kernel(tally_kernel, target, 4, REQUESTS=128, STEPS=4)
+
+
 def sampling(target: str, num_warps: int, *, filtered: bool):
     from vllm_bebop.kernels.draft_kernel import sample_kernel
 
@@ -88,11 +104,11 @@ def sampling(target: str, num_warps: int, *, filtered: bool):
 PLAIN = ("bitmask", "draft_ids", *FILTERS)
 
 
-def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = PLAIN):
+def verification(target: str, num_warps: int, *parts: str, absent: tuple[str, ...] = PLAIN, **sizes: int):
     from vllm_bebop.kernels.verification_kernel import verify_kernel
 
     constants = {name: name in parts for name in ("STATISTICS", "DECISION", "RESOLUTION", "RESIDUAL", "BLOCK")}
-    others = {"FILTERED": "top_k" not in absent, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4}
+    others = {"FILTERED": "top_k" not in absent, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4} | sizes
     return compile_kernel(verify_kernel, target, num_warps, absent, **constants, **others)
 
 
@@ -102,9 +118,12 @@ ONE_HOT = (
 )
 FILTERED, CANDIDATES = ("bitmask", "draft_ids"), ("bitmask", *FILTERS)
 DECIDED, AT_ONCE = ("STATISTICS", "DECISION"), ("STATISTICS", "DECISION", "RESOLUTION")
+ONE_DRAFT = {"max_drafts": 1, "tokens_stride": 1, "PADDED_STEPS": 2}  # compiled, an integer 1 becomes a constant
 KERNELS = {
     "sample": lambda target: sampling(target, 8, filtered=False),
     "sample with filters": lambda target: sampling(target, 4, filtered=True),
+    "candidates": candidates,
+    "tally": tally,
     "statistics": lambda target: verification(target, 8, *DECIDED),
     "statistics of draft rows too": lambda target: verification(
         target, 8, *DECIDED, absent=("draft_logsumexp", "draft_threshold", *PLAIN)
@@ -123,6 +142,8 @@ KERNELS = {
     "block with everything": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", absent=()),
     "single launch with a bitmask": lambda target: verification(target, 16, *AT_ONCE, absent=("draft_ids", *FILTERS)),
     "single launch": lambda target: verification(target, 8, *AT_ONCE),
+    "single launch of one draft": lambda target: verification(target, 8, *AT_ONCE, **ONE_DRAFT),
+    "block of one draft": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", **ONE_DRAFT),
 }
 # Those that pass over rows; the others read single sub-blocks.
 READS_ROWS = [
@@ -155,4 +176,5 @@ def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, ta
         if name != "statistics with filters":  # the next launch decides
             # The ticket that tells the last program must order memory for the whole device.
             assert "atom.global.gpu.acq_rel.add.u32" in ptx
+    assert "ld.volatile" not in ptx, "what other programs write: the threads of one would branch on different values"
     assert not re.search(r"ld\.global\.nc", ptx), "a load through the read-only cache could miss other programs' stores"

@@ -161,6 +161,11 @@ def assert_equals_reference(values: dict, **options) -> Verification:
     return ours
 
 
+in_every_form = pytest.mark.parametrize(
+    "form", [{}, {"single_launch": True}, {"block": True}], ids=["two launches", "single launch", "block"]
+)
+
+
 @runs_kernels
 @pytest.mark.parametrize(
     ("batch", "max_drafts", "vocab_size", "dtype"),
@@ -199,15 +204,19 @@ def test_verify_equals_reference_when_thinning_gives_up(monkeypatch, vocab_size:
     assert (out.num_accepted < values["num_draft_tokens"]).sum() >= 5
 
 
-@runs_kernels
-@pytest.mark.parametrize("no_draft_logits", [False, True])
-def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: bool) -> None:
-    values = case(64, 3, 600)
+def with_ties(values: dict, *, no_draft_logits: bool) -> dict:
+    """The case with target logits that are whole numbers, or -inf."""
     values["target_logits"] = values["target_logits"].round().masked_fill(values["target_logits"] < -2, -INF)
     if no_draft_logits:
         del values["one_hot"]
         values["draft_logits"] = None
-    assert_equals_reference(values, target_is_processed=True)
+    return values
+
+
+@runs_kernels
+@pytest.mark.parametrize("no_draft_logits", [False, True])
+def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: bool) -> None:
+    assert_equals_reference(with_ties(case(64, 3, 600), no_draft_logits=no_draft_logits), target_is_processed=True)
 
 
 def with_filters(values: dict, seed: int = 0) -> dict:
@@ -293,67 +302,75 @@ def test_verify_draws_only_kept_tokens() -> None:
 
 
 @runs_kernels
-def test_verify_reads_rows_at_any_stride() -> None:
+@in_every_form
+def test_verify_reads_rows_at_any_stride(form: dict) -> None:
     values = case(32, 3, 700)
-    whole = verify(**values)
     wide = torch.full((values["target_logits"].shape[0], 1001), NAN, device=DEVICE)
     wide[:, 3:703] = values["target_logits"]
     cache = torch.full((32, 5, 911), NAN, device=DEVICE)
     cache[:, 1:4, 7:707] = values["draft_logits"]
     strided = values | {"target_logits": wide[:, 3:703], "draft_logits": cache[:, 1:4, 7:707]}
-    assert_bitwise_equal(verify(**strided), whole)
-    assert_equal_from_both_forms(verify(**strided, single_launch=True), whole)
+    assert_bitwise_equal(verify(**strided, **form), verify(**values, **form))
 
 
-@runs_kernels
-def test_verify_edge_cases() -> None:
-    """NaN, infinities and empty rows; p equal to q; tokens that p or q excludes."""
+def edge_case(max_drafts: int, step: int) -> dict:
+    """NaN, infinities and empty rows; p equal to q; tokens that p or q excludes, at one of the steps."""
     vocab_size, batch = 600, 16
     generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(batch, 2, vocab_size, generator=generator) * 2
-    draft_logits = logits[:, :1].clone()
+    logits = torch.randn(batch, max_drafts + 1, vocab_size, generator=generator) * 2
+    draft_logits = logits[:, :-1].clone()
     token_ids = draft_logits.argmax(dim=2)
-    logits[0:2, 0] = -INF  # an empty row rejects, and gives token 0
-    logits[2:4, 0, 1::2] = NAN
-    logits[4:6, 0, 5] = INF
-    logits[6, 0].scatter_(0, token_ids[6], -INF)  # p(y) = 0
-    draft_logits[7, 0].scatter_(0, token_ids[7], -INF)  # q(y) = 0: from p
-    draft_logits[8, 0] = NAN  # no q: from p
-    values = {
+    logits[0:2, step] = -INF  # an empty row rejects, or ends the block, and gives token 0
+    logits[2:4, step, 1::2] = NAN
+    logits[4:6, step, 5] = INF
+    logits[6, step, token_ids[6, step]] = -INF  # p(y) = 0
+    draft_logits[7, step, token_ids[7, step]] = -INF  # q(y) = 0: from p
+    draft_logits[8, step] = NAN  # no q: from p
+    token_ids[9, step] = -1
+    return {
         "target_logits": logits.flatten(0, 1).to(DEVICE),
         "draft_token_ids": token_ids.to(DEVICE),
         "draft_logits": draft_logits.to(DEVICE),
-        "num_draft_tokens": torch.ones(batch, dtype=torch.int64, device=DEVICE),
+        "num_draft_tokens": torch.full((batch,), max_drafts, device=DEVICE),
         "temperature": torch.full((batch,), 0.8, device=DEVICE),
         "seeds": torch.arange(batch, device=DEVICE),
         "positions": torch.full((batch,), 9, device=DEVICE),
     }
-    out = assert_equals_reference(values)
-    assert out.num_accepted[9:].tolist() == [1] * 7  # p equal to q always accepts
-    assert out.num_accepted[[0, 1, 6, 7, 8]].tolist() == [0] * 5
-    assert out.token_ids[:2, 0].tolist() == [0, 0] and out.num_empty_rows.tolist() == [1, 1] + [0] * 14
+
+
+def assert_edge_case(out: Verification, max_drafts: int, step: int) -> None:
+    assert out.num_accepted[10:].tolist() == [max_drafts] * 6  # p equal to q always accepts
+    assert out.num_accepted[[0, 1, 6, 7, 8, 9]].tolist() == [step] * 6
+    assert out.token_ids[:2, step].tolist() == [0, 0] and out.num_empty_rows.tolist() == [1, 1] + [0] * 14
     assert out.num_nan[2:4].tolist() == [300, 300]
 
 
 @runs_kernels
-def test_verify_of_nothing() -> None:
-    out = verify(**case(0, 3, 100))
+@pytest.mark.parametrize(("max_drafts", "step"), [(1, 0), (3, 1)])
+def test_verify_edge_cases(max_drafts: int, step: int) -> None:
+    assert_edge_case(assert_equals_reference(edge_case(max_drafts, step)), max_drafts, step)
+
+
+@runs_kernels
+@in_every_form
+def test_verify_of_nothing(form: dict) -> None:
+    out = verify(**case(0, 3, 100), **form)
     assert out.token_ids.shape == (0, 4) and out.num_accepted.shape == (0,)
 
 
 @runs_kernels
-@pytest.mark.parametrize("single_launch", [False, True])
-def test_verify_does_not_depend_on_the_batch(monkeypatch, single_launch: bool) -> None:
+@in_every_form
+def test_verify_does_not_depend_on_the_batch(monkeypatch, form: dict) -> None:
     from vllm_bebop.kernels import launch
 
     values = with_draft_statistics(case(8, 2, 700, torch.bfloat16))
-    out = verify(**values, single_launch=single_launch)
+    out = verify(**values, **form)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
-    assert_bitwise_equal(verify(**select(values, order), single_launch=single_launch), select_output(out, order))
+    assert_bitwise_equal(verify(**select(values, order), **form), select_output(out, order))
     part = list(range(3, 6))
-    assert_bitwise_equal(verify(**select(values, part), single_launch=single_launch), select_output(out, part))
+    assert_bitwise_equal(verify(**select(values, part), **form), select_output(out, part))
     monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
-    assert_bitwise_equal(verify(**values, single_launch=single_launch), out)
+    assert_bitwise_equal(verify(**values, **form), out)
 
 
 @runs_kernels
@@ -437,12 +454,15 @@ def test_verify_past_the_cache_is_one_hot() -> None:
 
 
 @runs_kernels
-def test_verify_stays_inside_its_tensors_on_wrong_counts() -> None:
-    """Counts are not checked on the device, so they are clamped: more rows than there are read as empty."""
+@in_every_form
+@pytest.mark.parametrize("counts", [[99, -5, 2, 2], [-5, 99, 2, 2]])
+def test_verify_stays_inside_its_tensors_on_wrong_counts(counts: list[int], form: dict) -> None:
+    """Counts are not checked on the device, so they are clamped: rows that are not there read as empty."""
     values = case(4, 2, 100)
-    values["num_draft_tokens"] = torch.tensor([99, -5, 2, 2], device=DEVICE)
-    values["target_logits"] = values["target_logits"][:5]
-    out = verify(**values)
+    values["num_draft_tokens"] = torch.tensor(counts, device=DEVICE)
+    values["target_logits"] = F.pad(values["target_logits"][:5], (0, 0, 10, 200), value=NAN)[10:15]
+    out = verify(**values, **form)
+    assert not out.num_nan.any()
     assert ((out.num_accepted >= 0) & (out.num_accepted <= 2)).all()
     assert (out.token_ids < 100).all()
 
@@ -576,8 +596,8 @@ def plant_biased_uniform(uniform):
 @plants_faults
 @pytest.mark.parametrize("plant", [plant_residual_from_p, plant_shared_accept_noise, plant_biased_uniform])
 def test_planted_faults_are_caught(monkeypatch, plant) -> None:
-    from vllm_bebop.kernels import device, resampling, verification_kernel
+    from vllm_bebop.kernels import device, resampling, row_decision
 
-    for module in (resampling, verification_kernel):
+    for module in (resampling, row_decision):
         monkeypatch.setattr(module, "uniform", plant(device.uniform))
     assert_fault_is_caught(laws, 2 * NUM_SAMPLES)

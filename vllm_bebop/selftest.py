@@ -143,11 +143,15 @@ def laws(
         step_type: `Step`, or one of FAULTS.
         options: for `verify`.
     """
-    step = step_type(backend, num_samples, first_seed, torch.device(device), one_hot, block)
-    token_ids, out = step.run(**options)
+    batches = []
+    for done in range(0, num_samples, NUM_SAMPLES):  # more than one call to the kernels can take
+        batch = min(NUM_SAMPLES, num_samples - done)
+        step = step_type(backend, batch, first_seed + done, torch.device(device), one_hot, block)
+        drafts, out = step.run(**options)
+        batches.append((drafts.cpu(), out.token_ids.cpu(), out.num_accepted.cpu()))
+    token_ids, output, num_accepted = (torch.cat(each) for each in zip(*batches, strict=True))
     vocab_size, q = P.shape[1], step.q
-    first, second, third = out.token_ids.cpu().unbind(1)
-    token_ids, num_accepted = token_ids.cpu(), out.num_accepted.cpu()
+    first, second, third = output.unbind(1)
     rejected, one, two = (num_accepted == k for k in range(3))
     # The chance of accepting draft 1, and both: see kernels.block_reference. One by one, each ratio counts up to 1.
     ratio = (P[:2] / q).where(q > 0, 0.0)
