@@ -12,6 +12,8 @@ from vllm_bebop.bench import acceptance
 from vllm_bebop.bench.acceptance import BenchError, Sweep
 from vllm_bebop.bench.conditions import shown_path
 from vllm_bebop.bench.counters import Counters, parse_metrics
+from vllm_bebop.bench.measure import METHODS
+from vllm_bebop.bench.plot import _caption, plot_acceptance
 from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, PromptError, builtin_texts, read_jsonl, tokenise
 from vllm_bebop.bench.rounds import (
     CounterMismatch,
@@ -224,7 +226,15 @@ def test_run_resumes_after_a_failure(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompts": {"d": [[1, 3]]}}, {"max_tokens": 32}, {"seed": 1}, {"draft": "d/d"}, {"tensor_parallel_size": 2}],
+    [
+        {"prompts": {"d": [[1, 3]]}},
+        {"max_tokens": 32},
+        {"seed": 1},
+        {"draft": "d/d"},
+        {"tensor_parallel_size": 2},
+        {"top_k": 5},
+        {"top_p": 0.9},
+    ],
 )
 def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> None:
     output = tmp_path / "out.json"
@@ -236,13 +246,22 @@ def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> N
 
 
 def test_jobs_say_what_the_sweep_does() -> None:
-    settings = {"draft": "d/d", "max_tokens": 32, "seed": 7, "expectation": False, "tensor_parallel_size": 2}
+    settings = {"draft": "d/d", "top_k": 5, "top_p": 0.9, "max_tokens": 32, "seed": 7}
+    settings |= {"expectation": False, "tensor_parallel_size": 2}
     jobs = sweep(gammas=(2, 3), **settings).jobs()
     assert [(job.method, job.num_speculative_tokens) for job in jobs] == [
         (method, gamma) for gamma in (2, 3) for method in ("stock_greedy", "bebop_rejection")
     ]
     for job in jobs:
         assert {name: getattr(job, name) for name in settings} == settings
+        assert job.sampling(0.7) == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    assert sweep().jobs()[0].sampling(0.7) == {"temperature": 0.7}
+
+
+def test_draft_sampling_is_filtered_by_bebop_only() -> None:
+    stock, bebop = sweep(top_p=0.9).jobs()
+    assert stock.draft_sampling(0.7) == {"temperature": 0.7}
+    assert bebop.draft_sampling(0.7) == {"temperature": 0.7, "top_p": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +269,8 @@ def test_jobs_say_what_the_sweep_does() -> None:
     [
         ({"methods": ("greedy",)}, "unknown method greedy; there are stock_greedy"),
         ({"temperatures": (0.0, 1.0)}, "above 0"),
+        ({"top_k": 0}, "top_k is 0, expected at least 1"),
+        ({"top_p": 90}, r"top_p is 90, expected a number in \(0, 1\]"),
         ({"prompts": {}}, "nothing to measure"),
         ({"gammas": (0,)}, "gammas must be at least 1"),
         ({"max_tokens": 4}, "max_tokens above gamma"),
@@ -265,6 +286,22 @@ def test_shown_path_hides_where_the_checkout_lies(tmp_path, monkeypatch) -> None
     assert shown_path(tmp_path / "a" / "b") == "a/b"
     assert shown_path("/elsewhere/model") == "model"
     assert shown_path("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("change", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_plot_acceptance_draws_every_method(tmp_path, change) -> None:
+    results = acceptance.run(sweep(methods=tuple(METHODS), **change), tmp_path / "out.json", Runner())
+    for engine in results["engines"]:
+        for cell in engine["cells"]:
+            cell["acceptance_length"]["interval_95"] = [1.5, 2.5]
+    plot_acceptance(results, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_caption_names_the_filters() -> None:
+    conditions = sweep(top_p=0.9).conditions()
+    assert "top_p 0.9, 1 requests" in _caption(conditions, [3], "abc")
+    assert "top" not in _caption({key: conditions[key] for key in conditions if key not in ("top_k", "top_p")}, [3], "")
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

@@ -50,9 +50,11 @@ def bench(
     ] = None,
     methods: Annotated[
         str, typer.Option(help="Comma-separated.")
-    ] = "stock_greedy,stock_probabilistic,bebop_target_only,bebop_rejection",
+    ] = "stock_greedy,stock_probabilistic,bebop_target_only,bebop_rejection,bebop_block",
     gammas: Annotated[str, typer.Option(help="Numbers of draft tokens: 3, or 1,2,3, or 1..5.")] = "3",
     temperatures: Annotated[str, typer.Option(help="Comma-separated, above 0.")] = "0.3,0.7,1.0",
+    top_k: Annotated[int | None, typer.Option(help="Of every request.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of every request.")] = None,
     domains: Annotated[
         str | None, typer.Option(help='Built-in texts: "code,prose" (default, unless --data is given).')
     ] = None,
@@ -91,6 +93,8 @@ def bench(
             methods=_words(methods),
             gammas=_whole_numbers(gammas),
             temperatures=tuple(_number(word) for word in _words(temperatures)),
+            top_k=top_k,
+            top_p=top_p,
             max_tokens=max_tokens,
             seed=seed,
             expectation=expectation,

@@ -29,6 +29,7 @@ _NOTES = (
     "Rounds: only those that began with gamma + 1 tokens or more still to generate, so that the length limit cut none.",
     "tokens_per_target_step: every token over every target step of its request, prompts and cut rounds included.",
     "expected: exact expectation (Transformers, in the dtype served) over the same rounds on the text generated.",
+    "top_k, top_p: of every request. bebop filters drafts as the target is filtered, stock vLLM does not.",
     "interval_95: bootstrap over requests.",
     "tok_s: all requests of a cell at once, prompts included; on a CPU it says nothing about a GPU.",
     MEND_CPU_NOTE,
@@ -48,6 +49,7 @@ class Sweep:
         prompts: token ids by domain.
         gammas: numbers of draft tokens.
         temperatures: above 0.
+        top_k, top_p: of every request; None for no limit.
         max_tokens: generated per request; end-of-text is ignored.
         expectation: compare with the exact expectation, which loads the model in Transformers, on one device.
         tensor_parallel_size: of the engine.
@@ -61,6 +63,8 @@ class Sweep:
     methods: tuple[str, ...] = tuple(METHODS)
     gammas: tuple[int, ...] = (3,)
     temperatures: tuple[float, ...] = (0.3, 0.7, 1.0)
+    top_k: int | None = None
+    top_p: float | None = None
     max_tokens: int = 64
     seed: int = 0
     expectation: bool = True
@@ -73,6 +77,10 @@ class Sweep:
             raise BenchError("nothing to measure: methods, gammas, temperatures and domains must not be empty")
         if min(self.temperatures) <= 0:
             raise BenchError("temperatures must be above 0: greedy requests accept the same under every method")
+        if self.top_k is not None and self.top_k < 1:
+            raise BenchError(f"top_k is {self.top_k}, expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BenchError(f"top_p is {self.top_p}, expected a number in (0, 1]")
         if min(self.gammas) < 1 or self.max_tokens <= max(self.gammas) + 1:
             raise BenchError("gammas must be at least 1, and max_tokens above gamma + 1")
 
@@ -83,6 +91,8 @@ class Sweep:
             "domains": {domain: len(prompts) for domain, prompts in self.prompts.items()},
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
             "temperatures": list(self.temperatures),
+            "top_k": self.top_k,
+            "top_p": self.top_p,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "expectation": self.expectation,
@@ -100,6 +110,8 @@ class Sweep:
                 self.draft,
                 prompts,
                 self.temperatures,
+                self.top_k,
+                self.top_p,
                 self.max_tokens,
                 self.seed,
                 self.expectation,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ METHODS = {
     "stock_probabilistic": Method({"method": "mtp", "draft_sample_method": "probabilistic"}, "rejection"),
     "bebop_target_only": Method({"method": "bebop", "acceptance": "target_only"}, "target_only"),
     "bebop_rejection": Method({"method": "bebop"}, "rejection"),
+    "bebop_block": Method({"method": "bebop", "acceptance": "block"}, "block"),
 }
 
 
@@ -55,6 +56,8 @@ class Job:
     draft: str | None
     prompts: dict[str, list[list[int]]]
     temperatures: tuple[float, ...]
+    top_k: int | None
+    top_p: float | None
     max_tokens: int
     seed: int
     expectation: bool
@@ -64,6 +67,20 @@ class Job:
     def num_ticks(self) -> int:
         """How many times `measure` reports progress."""
         return len(self.prompts) * len(self.temperatures) * (2 if self.expectation else 1)
+
+    def sampling(self, temperature: float) -> dict[str, Any]:
+        """The policy of all requests at this temperature, by names that vLLM and `SamplingPolicy` share."""
+        limits = {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def draft_sampling(self, temperature: float) -> dict[str, Any]:
+        """What drafts follow of it: all under bebop, the temperature alone under stock vLLM.
+
+        In vLLM 0.32, runner V1, `llm_base_proposer.compute_probs_and_sample_next_token` draws from softmax(z / T) and
+        keeps that as q, while `rejection_sampler.apply_sampling_constraints` filters p; V2's speculator does the same.
+        To a greedy draft it makes no difference.
+        """
+        return {"temperature": temperature} if METHODS[self.method].is_stock else self.sampling(temperature)
 
 
 @dataclass(frozen=True)
@@ -115,12 +132,13 @@ def _serve(job: Job) -> Iterator[_Served]:
         tensor_parallel_size=job.tensor_parallel_size,
         **engine_options(),
     )
-    _generate(llm, [next(iter(job.prompts.values()))[0]], 1.0, 4)  # first-use costs, kept out of the times
+    # First-use costs, kept out of the times.
+    _generate(llm, [next(iter(job.prompts.values()))[0]], 4, job.sampling(1.0))
     for domain, prompts in job.prompts.items():
         for temperature in job.temperatures:
             before = from_llm(llm.get_metrics())
             started = time.perf_counter()
-            generations = _generate(llm, prompts, temperature, job.max_tokens)
+            generations = _generate(llm, prompts, job.max_tokens, job.sampling(temperature))
             wall_s = time.perf_counter() - started
             counted: Counters = from_llm(llm.get_metrics()) - before
             check_against_counters(generations, counted, job.num_speculative_tokens)
@@ -128,13 +146,13 @@ def _serve(job: Job) -> Iterator[_Served]:
     llm.llm_engine.engine_core.shutdown()  # frees the GPU for the expectation
 
 
-def _generate(llm: LLM, prompts: list[list[int]], temperature: float, max_tokens: int) -> list[Generation]:
+def _generate(llm: LLM, prompts: list[list[int]], max_tokens: int, sampling: Mapping[str, Any]) -> list[Generation]:
     """All prompts at once, step by step: each engine step hands out what one target step of a request gave."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=temperature,
+        **sampling,
         max_tokens=max_tokens,
         ignore_eos=True,  # a fixed length, so that what a round drew does not decide whether it counts
         detokenize=False,
@@ -157,12 +175,15 @@ def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
     from vllm_bebop.bench.expectation import expected_survival
     from vllm_bebop.draft import resolve_draft
     from vllm_bebop.train.heads import load_head
+    from vllm_bebop.train.losses import SamplingPolicy
     from vllm_bebop.train.target import find_checkpoint, load_target
 
     directory = find_checkpoint(job.model)
     model = load_target(directory, torch.device("cpu" if on_cpu() else "cuda"))
     head = load_head(directory if job.draft is None else resolve_draft(job.draft), model)
     for cell in served:
+        policy = SamplingPolicy(**job.sampling(cell.temperature))
+        draft_policy = SamplingPolicy(**job.draft_sampling(cell.temperature))
         yield [
             expected_survival(
                 model,
@@ -170,7 +191,8 @@ def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
                 generation.token_ids,
                 [generation.anchor(round_) for round_ in generation.rounds(job.num_speculative_tokens)],
                 job.num_speculative_tokens,
-                cell.temperature,
+                policy,
+                draft_policy,
                 METHODS[job.method].acceptance,
             ).numpy()
             for generation in cell.generations

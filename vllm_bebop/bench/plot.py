@@ -13,12 +13,14 @@ _COLOURS = {
     "stock_probabilistic": "#e08214",
     "bebop_target_only": "#5aae61",
     "bebop_rejection": "#2166ac",
+    "bebop_block": "#762a83",
 }
 _LABELS = {
     "stock_greedy": "vLLM, greedy draft (its default)",
     "stock_probabilistic": "vLLM, probabilistic draft",
     "bebop_target_only": "bebop, target-only",
     "bebop_rejection": "bebop, rejection sampling (its default)",
+    "bebop_block": "bebop, block verification",
 }
 _SHIFT = 0.012  # of the temperature range between methods, so that equal results stay visible
 
@@ -104,9 +106,10 @@ def _draw(axis: Any, method: str, cells: list[dict[str, Any]], offset: float) ->
 def _caption(conditions: Mapping[str, Any], gammas: list[int], commits: str) -> str:
     versions = conditions["versions"]
     drafts = f"{gammas[0]} draft tokens, " if len(gammas) == 1 else ""
+    filters = "".join(f"{name} {conditions[name]}, " for name in ("top_k", "top_p") if conditions.get(name) is not None)
     requests = "/".join(str(count) for count in dict.fromkeys(conditions["domains"].values()))
     return (
-        f"{conditions['model']}, draft: {conditions['draft']}; {drafts}{requests} requests per point, "
+        f"{conditions['model']}, draft: {conditions['draft']}; {drafts}{filters}{requests} requests per point, "
         f"{conditions['max_tokens']} tokens each; bars: 95 % bootstrap over requests; "
         f"vLLM {versions['vllm']}, {conditions['device']}, commit {commits}"
     )

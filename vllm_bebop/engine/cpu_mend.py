@@ -1,15 +1,20 @@
-"""Mends a fault of vLLM's CPU build that would make any comparison with the stock sampler meaningless.
+"""Mends two faults of vLLM's CPU build that would make any comparison with the stock sampler meaningless.
 
 On a CPU, `expand_batch_to_tokens` returns uninitialised memory (vLLM issue #55005, versions 0.30 to 0.33): the kernel
-writes into a temporary copy of its output, so stock rejection sampling divides by arbitrary temperatures. bebop's own
-path does not call it. The benchmarks switch this mend on with `VLLM_BEBOP_MEND_CPU=1`, for the stock baseline's sake.
+writes into a temporary copy of its output, so stock rejection sampling divides by arbitrary temperatures. And
+`apply_top_k_only` fails on the empty batch that a step without drafts gives to it. bebop's own path meets neither. The
+benchmarks switch these mends on with `VLLM_BEBOP_MEND_CPU=1`, for the stock baseline's sake.
 
-Upstream symbol: `vllm.v1.sample.rejection_sampler.expand_batch_to_tokens`. A fix of #55005 retires this file.
+Upstream symbols, in `vllm.v1.sample`: `rejection_sampler.expand_batch_to_tokens` and
+`ops.topk_topp_sampler.apply_top_k_only`. Fixes of them retire this file.
 """
+
+import functools
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops import topk_topp_sampler
 
 
 def expand_batch_to_tokens(
@@ -26,6 +31,14 @@ def expand_batch_to_tokens(
 
 
 def install() -> None:
-    """Replace the faulty function; does nothing on a GPU, where it works."""
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    """Replace the faulty functions, once; does nothing on a GPU, where they work."""
+    upstream = topk_topp_sampler.apply_top_k_only
+    if not current_platform.is_cpu() or hasattr(upstream, "__wrapped__"):
+        return
+
+    @functools.wraps(upstream)
+    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return upstream(logits, k) if len(logits) else logits
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only
