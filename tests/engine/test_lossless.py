@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import laws, target
-from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
+from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, token_ids
 from tests.support.statistics import assert_fault_is_caught, assert_laws
 from vllm_bebop.kernels import reference
 
@@ -38,37 +38,6 @@ def test_first_tokens_follow_the_target(llm, prompt):
 @pytest.mark.parametrize("policy", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.2}])
 def test_first_tokens_follow_the_filtered_target(llm, prompt, policy):
     assert_laws(_experiment(llm, prompt, **policy), NUM_SAMPLES)
-
-
-def test_first_tokens_follow_the_target_under_a_grammar(llm, prompt, monkeypatch):
-    """Half of the drafts break this grammar, and the others are one token that the target is less fond of.
-
-    The scheduler drops what breaks it; yet the token in its place must come from max(0, p - q), not from p. The mask is
-    the same for the first four tokens.
-    """
-    from vllm.sampling_params import StructuredOutputsParams
-
-    tokenizer = llm.get_tokenizer()
-    texts = {i: tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))}
-    allowed = [i for i, text in texts.items() if text and set(text) <= set("-+| ")]
-    assert max(len(texts[i]) for i in allowed) * 4 <= 100
-
-    head = runner(llm).drafter.model
-    honest, favourite = head.compute_logits, int(target.next_logits(TINY_MODEL, [prompt])[0, allowed].argmax())
-
-    def compute_logits(*args, **kwargs):
-        logits = honest(*args, **kwargs)
-        logits[:, allowed[favourite]] = logits.logsumexp(-1)
-        return logits
-
-    monkeypatch.setattr(head, "compute_logits", compute_logits)
-
-    def run(num_samples, first_seed):
-        grammar = StructuredOutputsParams(regex="[-+| ]{100,120}")
-        drawn = laws.sample(llm, prompt, num_samples, first_seed, temperature=1.5, structured_outputs=grammar)
-        return laws.p_values(drawn, TINY_MODEL, prompt, temperature=1.5, allowed=allowed)
-
-    assert_laws(run, NUM_SAMPLES)
 
 
 def test_drafts_are_filtered_like_the_target(llm, prompt):

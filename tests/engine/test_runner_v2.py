@@ -77,6 +77,12 @@ def test_seeded_tokens_are_those_of_runner_v1(both):
     assert v2["seeded"] == v1["seeded"]
 
 
+def test_tokens_under_a_grammar_that_drops_many_drafts_are_those_of_runner_v1(both):
+    v2, v1 = both
+    assert len(v2["grammar"]) == 20
+    assert v2["grammar"] == v1["grammar"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_option_gives_the_seeded_tokens_of_runner_v1(both, kind):
     v2, v1 = both

@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from tests.support import laws
+from tests.support import grammar, laws
 from tests.support.engines import (
     BEBOP,
     TINY_MODEL,
@@ -117,6 +117,10 @@ def answers(llm: Any) -> dict[str, Any]:
             each["structured_outputs"] = StructuredOutputsParams(**each["structured_outputs"])
     outputs = ask([KINDS_PROMPT] * len(wanted), wanted)
     result["kinds"] = {kind: told([output]) for kind, output in zip(KINDS, outputs, strict=True)}
+
+    prompt = llm.get_tokenizer().encode(LAW_PROMPT)
+    with grammar.unsuited_head(llm, prompt):
+        result["grammar"] = grammar.sample(llm, prompt, 20, first_seed=0)
 
     almost_full = {"prompt_token_ids": list(range(5, 95))}  # 6 tokens below max_model_len
     beyond = {"max_tokens": 50, "ignore_eos": True}

@@ -2,7 +2,7 @@
 
 A slot past the end of a limited cache drafts argmax q and is verified as one-hot: lossless too, with fewer tokens
 accepted. The kernels see to that; here only the number of cached slots is decided. The drafts themselves are kept too,
-for those that a grammar rules out before verification.
+for those that the scheduler drops under a grammar.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class DraftCache:
     # The drafts and where they begin, with a spare row for requests without a slot here; -1: none.
     token_ids: torch.Tensor  # [num_slots + 1, num_steps] int64
     first_positions: torch.Tensor  # [num_slots + 1] int64
+    has_grammar: torch.Tensor  # [num_slots + 1] bool
 
     def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
         """Rows of `token_ids` and `first_positions` [N] int64 for slots [N]."""
@@ -45,38 +46,38 @@ class DraftCache:
         self.first_positions[rows] = (positions - step).long()
         self.first_positions[-1] = -1
 
-    def forget(self, slot: int) -> None:
+    def start(self, slot: int, has_grammar: bool) -> None:
         """The slot has a new request, or one that begins anew."""
-        self.first_positions[min(slot, self.logits.shape[0])] = -1
+        row = min(slot, self.logits.shape[0])
+        self.first_positions[row] = -1
+        self.has_grammar[row] = has_grammar
 
-    def with_ruled_out(
+    def with_dropped(
         self,
-        logits: torch.Tensor,
         slots: torch.Tensor,
         drafts: torch.Tensor,
         num_drafts: torch.Tensor,
-        first_rows: torch.Tensor,
         first_positions: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The drafts of a batch, and their number, with those that a grammar ruled out.
+        """The drafts of a batch, and their number, with the first that the scheduler dropped under a grammar.
 
-        The scheduler drops such a draft and all after it, but it was drawn from q all the same. The token in its place
-        must come from max(0, p - q): drawn from p, the law of structured outputs would be off by what q has outside the
-        grammar. So it is put back, to be rejected: p has none of it.
+        It drops a draft that the grammar forbids, and all after it; and drafts for which it has no room. Were only the
+        allowed ones verified, the law of structured outputs would be off by what q has outside the grammar. So the
+        first that was dropped is verified too, whatever it is; of a forbidden one p has nothing. There is no row of
+        logits behind its own: if it is accepted, the token after it means nothing.
 
         Args:
-            logits: [num_rows, vocab_size], of the target under the grammar, which is all that can make one -inf.
-            drafts: [B, num_steps]; num_drafts, first_rows: [B], as for `verify`; first_positions: [B], of row 0
+            drafts: [B, num_steps]; num_drafts: [B], as for `verify`; first_positions: [B], of the tokens being decided;
+                other drafts are of a prompt's chunk, or from before preemption.
         """
         num_steps = drafts.shape[1]
         step = num_drafts.long().clamp(max=num_steps - 1)[:, None]
         rows = self.rows_of(slots)
-        dropped = self.token_ids[rows].gather(1, step).squeeze(1)
-        is_current = (num_drafts < num_steps) & (dropped >= 0) & (self.first_positions[rows] == first_positions)
-        is_ruled_out = is_current & (logits[first_rows + num_drafts, dropped.clamp(min=0)] == float("-inf"))
-        kept = drafts.gather(1, step).squeeze(1)
-        put_back = torch.where(is_ruled_out, dropped.to(drafts.dtype), kept)
-        return drafts.scatter(1, step, put_back[:, None]), num_drafts + is_ruled_out.to(num_drafts.dtype)
+        dropped = self.token_ids[rows].gather(1, step)
+        is_current = self.has_grammar[rows] & (self.first_positions[rows] == first_positions)
+        is_dropped = is_current & (num_drafts < num_steps) & (dropped[:, 0] >= 0)
+        put_back = torch.where(is_dropped[:, None], dropped.to(drafts.dtype), drafts.gather(1, step))
+        return drafts.scatter(1, step, put_back), num_drafts + is_dropped.to(num_drafts.dtype)
 
 
 def allocate(
@@ -122,6 +123,7 @@ def allocate(
         threshold=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
         token_ids=torch.full((num_slots + 1, num_steps), -1, dtype=torch.int64, device=device),
         first_positions=torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device),
+        has_grammar=torch.zeros(num_slots + 1, dtype=torch.bool, device=device),
     )
 
 

@@ -11,7 +11,7 @@ Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_l
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,11 +77,13 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
 class Draft:
     """One request's last proposal: what verification must know of q.
 
+    first_position: absolute position of the first draft token.
     token_ids: [num_speculative_tokens] int64.
     logits: [num_speculative_tokens, vocab_size], pre-temperature; None for one-hot drafts.
     threshold: [num_speculative_tokens], the lowest logit that top-k and top-p left of each row.
     """
 
+    first_position: int
     token_ids: torch.Tensor
     logits: torch.Tensor | None
     threshold: torch.Tensor | None
@@ -130,6 +132,7 @@ class V1Requests:
     def remember(
         self,
         request_ids: list[str],
+        first_positions: torch.Tensor,
         token_ids: torch.Tensor,
         logits: torch.Tensor | None,
         threshold: torch.Tensor | None,
@@ -137,28 +140,27 @@ class V1Requests:
         """Keep the proposals just made, [batch, num_speculative_tokens, ...] as in `Draft`."""
         alive = self._runner.requests
         self._drafts = {id_: draft for id_, draft in self._drafts.items() if id_ in alive}
-        for row, id_ in enumerate(request_ids):
+        for row, (id_, first_position) in enumerate(zip(request_ids, first_positions.tolist(), strict=False)):
             q = (None if each is None else each[row] for each in (logits, threshold))
-            self._drafts[id_] = Draft(token_ids[row].long(), *q)
+            self._drafts[id_] = Draft(first_position, token_ids[row].long(), *q)
 
     def take(self, batch_size: int) -> list[Draft | None]:
         """The drafts of this batch, each handed out once: what a step verified must not be matched to later drafts."""
         return [self._drafts.pop(id_, None) for id_ in self.ids(batch_size)] or [None] * batch_size
 
-    def is_ruled_out(self, row: int, draft: Draft | None, step: int, logits: torch.Tensor) -> bool:
-        """Whether a grammar forbids the draft of this step; the scheduler has then dropped it and all after it.
+    def was_dropped(self, row: int, draft: Draft | None, step: int, first_position: int) -> bool:
+        """Whether the scheduler dropped the draft of this step though it was drawn for it, under a grammar.
 
-        It was drawn from q all the same. The token in its place must come from max(0, p - q): drawn from p, the law of
-        structured outputs would be off by what q has outside the grammar. logits: [vocab_size], under the grammar.
+        It drops a draft that the grammar forbids, and all after it; and drafts for which it has no room. Were only the
+        allowed ones verified, the law of structured outputs would be off by what q has outside the grammar. So the
+        first that was dropped is verified too, whatever it is; of a forbidden one p has nothing.
+
+        first_position: of the tokens being decided; other drafts are of a prompt's chunk, or from before preemption.
         """
         if draft is None or draft.logits is None or step >= len(draft.token_ids):
             return False
         params = self._runner.requests[self._runner.input_batch.req_ids[row]].sampling_params
-        if params.structured_outputs is None:
-            return False
-        first, last = self._runner.query_start_loc.gpu[row : row + 2].tolist()
-        is_read_anew = last - first > len(draft.token_ids) + 1  # after preemption, when the drafts were dropped
-        return not is_read_anew and bool(logits[draft.token_ids[step]] == float("-inf"))
+        return params.structured_outputs is not None and draft.first_position == first_position
 
 
 class BebopProposer(EagleProposer):
@@ -177,15 +179,16 @@ class BebopProposer(EagleProposer):
         positions = kwargs["target_positions"]
         positions = positions[0] if positions.ndim == 2 else positions  # M-RoPE: text positions agree on all axes
         # Slot t is fed x_{t+1} and h_t, and drafts x_{t+2}.
-        self._next_positions = positions[last_rows.long()].long() + 2
-        self._rounds = self._next_positions if self.in_blocks else None
+        first_positions = positions[last_rows.long()].long() + 2
+        self._next_positions = first_positions
+        self._rounds = first_positions if self.in_blocks else None
         self._seeds = self.requests.seeds(batch_size)
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         draft_token_ids = super().propose(*args, **kwargs)
         logits, threshold = (
             (torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True)) if self._rows else (None, None)
         )
-        self.requests.remember(self.requests.ids(batch_size), draft_token_ids, logits, threshold)
+        self.requests.remember(self.requests.ids(batch_size), first_positions, draft_token_ids, logits, threshold)
         self._rows = []
         return draft_token_ids
 
@@ -219,8 +222,6 @@ class BebopSampler(Sampler):
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size = logits.shape[0]
-        drafts = list(enumerate(self.requests.take(batch_size)))
-        ruled_out = [row for row, draft in drafts if self.requests.is_ruled_out(row, draft, 0, logits[row])]
         logits = _apply_policy(logits, sampling_metadata)
         temperature = _temperature(sampling_metadata, batch_size, logits.device)
         seeds, positions = self.requests.seeds(batch_size), self.requests.positions(None, batch_size)
@@ -231,12 +232,14 @@ class BebopSampler(Sampler):
             positions,
             streams=_TARGET_STREAMS,
         )
-        for row in ruled_out:
-            draft = drafts[row][1]
+        drafts = self.requests.take(batch_size)
+        for row, (draft, first_position) in enumerate(zip(drafts, positions.tolist(), strict=True)):
+            if not self.requests.was_dropped(row, draft, 0, first_position):
+                continue
             assert draft is not None and draft.logits is not None and draft.threshold is not None
             one = torch.tensor([row], device=logits.device)
             sample.token_ids[row] = verify_reference(
-                logits[[row, row]],  # the second is never reached
+                logits[[row, row]],  # the second gives a token that is not used
                 draft.token_ids[None, :1],
                 draft.logits[None, :1],
                 torch.ones_like(one),
@@ -260,9 +263,9 @@ class BebopSampler(Sampler):
 class Drafts(NamedTuple):
     """The drafts of a batch, for verification."""
 
-    num_tokens: torch.Tensor  # [B]
+    num_tokens: torch.Tensor  # [B], with those that the scheduler dropped
     rows: torch.Tensor  # [sum(num_tokens + 1)], the rows of the target's logits
-    token_ids: torch.Tensor  # [B, max_drafts]; -1: q unknown, rejected
+    token_ids: torch.Tensor  # [B, max_drafts]; -1: rejected
     logits: torch.Tensor | None  # [B, max_drafts, vocab_size]
     threshold: torch.Tensor  # [B, max_drafts]
     one_hot: torch.Tensor  # [B] bool
@@ -287,8 +290,9 @@ class BebopRejectionSampler(RejectionSampler):
         batch_size = len(metadata.num_draft_tokens)
         num_draft_tokens = torch.tensor(metadata.num_draft_tokens, device=logits.device)
         first_rows = metadata.cu_num_sampled_tokens.long() - num_draft_tokens - 1
+        positions = self.requests.positions(metadata.logits_indices[first_rows], batch_size)
         processed = self._process(metadata, logits, sampling_metadata)
-        drafts = self._drafts(metadata, logits)
+        drafts = self._drafts(metadata, positions, logits)
         verification = verify_reference(
             processed[drafts.rows],
             drafts.token_ids,
@@ -296,14 +300,17 @@ class BebopRejectionSampler(RejectionSampler):
             drafts.num_tokens,
             _temperature(sampling_metadata, batch_size, logits.device),
             self.requests.seeds(batch_size),
-            self.requests.positions(metadata.logits_indices[first_rows], batch_size),
+            positions,
             one_hot=drafts.one_hot,
             draft_threshold=drafts.threshold,
             target_is_processed=True,
             rule=self.rule,
         )
-        tally_reference(verification, self.totals)
+        num_accepted = torch.minimum(verification.num_accepted, num_draft_tokens)
+        tally_reference(replace(verification, num_accepted=num_accepted), self.totals)
         token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
+        is_past = torch.arange(token_ids.shape[1], device=logits.device) > num_draft_tokens[:, None]
+        token_ids.masked_fill_(is_past, -1)  # one token for each row of logits, should a dropped draft be accepted
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             final = processed if self.is_processed_logprobs_mode else logits.float()
@@ -331,27 +338,30 @@ class BebopRejectionSampler(RejectionSampler):
         rows_per_request = torch.tensor(metadata.num_draft_tokens, device=logits.device) + 1
         return _apply_policy(processed, sampling_metadata, rows_per_request)
 
-    def _drafts(self, metadata: SpecDecodeMetadata, target_logits: torch.Tensor) -> Drafts:
+    def _drafts(
+        self, metadata: SpecDecodeMetadata, first_positions: torch.Tensor, target_logits: torch.Tensor
+    ) -> Drafts:
         device, vocab_size = target_logits.device, target_logits.shape[-1]
         drafts = self.requests.take(len(metadata.num_draft_tokens))
-        width = metadata.max_spec_len + 1  # one more, should a grammar have ruled it out
+        width = metadata.max_spec_len + 1  # one more, should it have been dropped
         token_ids = torch.full((len(drafts), width), -1, dtype=torch.int64, device=device)
         threshold = torch.full(token_ids.shape, float("-inf"), device=device)
         logits = None
         num_tokens, rows = list(metadata.num_draft_tokens), list[int]()
         start = 0  # of the request's drafts; its rows of logits start `row` further, as each has one more
+        positions = first_positions.tolist()
         for row, (draft, count) in enumerate(zip(drafts, metadata.num_draft_tokens, strict=True)):
             first_row = start + row
             rows += range(first_row, first_row + count + 1)
             if draft is not None:
                 scheduled = metadata.draft_token_ids[start : start + count]
                 token_ids[row, :count] = scheduled
-                step = int((scheduled >= 0).long().cumprod(0).sum())  # with asynchronous scheduling, -1 is ruled out
-                if self.requests.is_ruled_out(row, draft, step, target_logits[first_row + step]):
+                step = int((scheduled >= 0).long().cumprod(0).sum())  # with asynchronous scheduling, -1 is dropped
+                if self.requests.was_dropped(row, draft, step, positions[row]):
                     token_ids[row, step] = draft.token_ids[step]
                     if step == count:
                         num_tokens[row] += 1
-                        rows.append(first_row + count)  # never reached
+                        rows.append(first_row + count)  # gives a token that is not used
                 if draft.logits is not None and draft.threshold is not None:
                     if logits is None:
                         logits = draft.logits.new_zeros(len(drafts), width, vocab_size)

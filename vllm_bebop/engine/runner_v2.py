@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
     drafted: torch.Tensor = given["draft_sampled"]
     if "verify_draft_sampled" in given:  # -1 from the first draft that a grammar rules out, with async scheduling
-        # That one stays, to be rejected (see `DraftCache.with_ruled_out`). What follows is never reached.
+        # That one stays, to be rejected (see `DraftCache.with_dropped`). What follows is never reached.
         cut: torch.Tensor = given["verify_draft_sampled"]
         is_first = (cut < 0) & (torch.roll(cut, 1) >= 0)
         drafted = torch.where(is_first, drafted, cut)
@@ -224,10 +224,12 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     verification = _verified(
         ours, sampler, given, logits, given["idx_mapping"], drafted[draft_rows], num_drafts, first_rows
     )
-    ours.backend.tally(verification, ours.totals)
+    # One token for each row of logits, should a dropped draft be accepted.
+    num_accepted = torch.minimum(verification.num_accepted, num_drafts)
+    ours.backend.tally(replace(verification, num_accepted=num_accepted), ours.totals)
     wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
-    return processed, verification.token_ids, verification.num_accepted.to(torch.int32) + 1
+    return processed, verification.token_ids, num_accepted.to(torch.int32) + 1
 
 
 def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +237,7 @@ def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]
     ours: Tools = sampler.bebop
     logits = _logits_to_sample(sampler, given)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    # Verification of no drafts, unless a grammar has ruled out the first of some request.
+    # Verification of no drafts, unless the scheduler dropped the first of some request under a grammar.
     drafts = rows.new_full((len(rows), ours.num_steps), -1)
     slots = given["expanded_idx_mapping"]
     verification = _verified(ours, sampler, given, logits, slots, drafts, torch.zeros_like(rows), rows)
@@ -258,9 +260,7 @@ def _verified(
     positions = given["pos"][first_rows] + 1
     kept = {}
     if ours.cache is not None:
-        drafts, num_drafts = ours.cache.with_ruled_out(
-            given["logits"], slots, drafts, num_drafts, first_rows, positions
-        )
+        drafts, num_drafts = ours.cache.with_dropped(slots, drafts, num_drafts, positions)
         kept = {
             "draft_logsumexp": ours.cache.logsumexp,
             "draft_argmax": ours.cache.argmax,
@@ -308,7 +308,7 @@ def _add_request(states: Any, given: Arguments) -> bool:
     if given["sampling_params"].seed is None:
         states.seeds.np[slot] = states.bebop_seeds.integers(2**63)
     if states.bebop_cache is not None:
-        states.bebop_cache.forget(slot)
+        states.bebop_cache.start(slot, given["sampling_params"].structured_outputs is not None)
     wants_logprobs = states.max_num_logprobs(np.array([slot])) >= 0
     is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _is_filtered(states, slot))
     return bool(states.temperature.np[slot] != 0.0 and is_left)
