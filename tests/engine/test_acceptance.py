@@ -10,7 +10,7 @@ import pytest
 from tests.support.engines import ROOT, TINY_MODEL
 from vllm_bebop.bench import acceptance
 
-METHODS = ("stock_greedy", "bebop_target_only", "bebop_rejection")
+METHODS = ("stock_greedy", "bebop_target_only", "bebop_rejection", "bebop_block")
 
 
 @pytest.fixture(scope="module")
