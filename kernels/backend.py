@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from vllm_bebop.kernels.candidates import Candidates
+from vllm_bebop.kernels.gathering import GatheredDrafts
 from vllm_bebop.kernels.reference import DraftSample, Verification
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`sample`, `verify`, `find_candidates`, `tally`, with the signatures that Triton's have.
+    """The samplers and what goes with them, with the signatures that Triton's have.
 
     The workspaces are made by `sampling_workspace(max_batch, vocab_size, device)` and
     `verification_workspace(max_batch, max_drafts, vocab_size, device)`; None where the backend needs none.
@@ -22,6 +23,7 @@ class Backend:
     sample: Callable[..., DraftSample]
     verify: Callable[..., Verification]
     find_candidates: Callable[..., Candidates]
+    gather_drafts: Callable[..., GatheredDrafts]
     tally: Callable[[Verification, torch.Tensor], None]
     sampling_workspace: Callable[..., Any]
     verification_workspace: Callable[..., Any]
@@ -35,22 +37,29 @@ def pick(device: torch.device) -> Backend:
 def fused() -> Backend:
     from vllm_bebop.kernels.candidate_kernel import find_candidates
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
+    from vllm_bebop.kernels.gathering_kernel import gather_drafts
     from vllm_bebop.kernels.launch import is_interpreted
     from vllm_bebop.kernels.tally_kernel import tally
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     name = "Triton kernels, interpreted" if is_interpreted() else "Triton kernels"
-    return Backend(name, sample, verify, find_candidates, tally, SamplingWorkspace, VerificationWorkspace)
+    return Backend(
+        name, sample, verify, find_candidates, gather_drafts, tally, SamplingWorkspace, VerificationWorkspace
+    )
 
 
 def plain() -> Backend:
     from vllm_bebop.kernels.fallback import find_candidates, sample, verify
+    from vllm_bebop.kernels.gathering import gather_drafts_reference
     from vllm_bebop.kernels.tally import tally_reference
 
     def none(*_: object, **__: object) -> None:
         return None
 
-    return Backend("reference in plain torch", sample, verify, find_candidates, tally_reference, none, none)
+    gather_drafts = gather_drafts_reference
+    return Backend(
+        "reference in plain torch", sample, verify, find_candidates, gather_drafts, tally_reference, none, none
+    )
 
 
 def _runs_triton(device: torch.device) -> bool:

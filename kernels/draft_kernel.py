@@ -26,6 +26,8 @@ from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept
 def sample_kernel(
     logits_ptr,
     logits_stride,
+    ids_ptr,
+    ids_stride,
     temperature_ptr,
     seeds_ptr,
     positions_ptr,
@@ -43,6 +45,10 @@ def sample_kernel(
     cache_argmax_stride,
     cache_threshold_ptr,
     cache_threshold_stride,
+    cache_token_ids_ptr,
+    cache_token_ids_stride,
+    cache_positions_ptr,
+    cache_positions_stride,
     step_ptr,
     num_cached,
     statistics_ptr,
@@ -136,7 +142,11 @@ def sample_kernel(
         )
         argmax_id = (top_block * SUB_BLOCK + tl.argmax(scores, axis=1)).to(tl.int64)
 
-        tl.store(token_ids_ptr + request, (block * SUB_BLOCK + inside).to(tl.int64), mask=is_drawn)
+        token = (block * SUB_BLOCK + inside).to(tl.int64)
+        if ids_ptr is not None:
+            token = tl.load(ids_ptr + request.to(tl.int64) * ids_stride + token, mask=is_read, other=0).to(tl.int64)
+            token = tl.maximum(token, 0)  # of an empty row's missing entry
+        tl.store(token_ids_ptr + request, token, mask=is_drawn)
         tl.store(argmax_ids_ptr + request, argmax_id, mask=is_drawn)
         tl.store(logsumexp_ptr + request, logsumexp, mask=is_drawn)
         tl.store(log_prob_ptr + request, log_prob, mask=is_drawn)
@@ -151,3 +161,7 @@ def sample_kernel(
             tl.store(cache_argmax_ptr + slot * cache_argmax_stride + step, argmax_id, mask=is_kept)
         if cache_threshold_ptr is not None:
             tl.store(cache_threshold_ptr + slot * cache_threshold_stride + step, threshold, mask=is_kept)
+        if cache_token_ids_ptr is not None:
+            tl.store(cache_token_ids_ptr + slot * cache_token_ids_stride + step, token, mask=is_kept)
+        if cache_positions_ptr is not None:
+            tl.store(cache_positions_ptr + slot * cache_positions_stride + step, position.to(tl.int64), mask=is_kept)

@@ -75,10 +75,13 @@ def sample(
     rounds: Tensor | None = None,
     streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
     filters: Filters = NO_FILTERS,
+    ids: Tensor | None = None,
     cache: Tensor | None = None,
     cache_logsumexp: Tensor | None = None,
     cache_argmax: Tensor | None = None,
     cache_threshold: Tensor | None = None,
+    cache_token_ids: Tensor | None = None,
+    cache_positions: Tensor | None = None,
     step: Tensor | None = None,
     workspace: SamplingWorkspace | None = None,
 ) -> FusedDraftSample:
@@ -95,12 +98,16 @@ def sample(
             block: see `block_reference`.
         streams: random streams for the sub-block and for the token.
         filters: top-k, top-p and min-p of each request, or by slot.
+        ids: [B, V] int32, the token that each logit is of, as `find_candidates` returns them: the token ids drawn are
+            then these; an argmax is the index. Unit stride inside a row.
         cache: [num_slots, max_drafts, V], dtype of `logits`: row [slot, step] receives a copy of the logits. Not needed
             where the logits already are a view of it.
         cache_logsumexp, cache_argmax, cache_threshold: [num_slots, max_drafts] fp32, int64 and fp32: [slot, step]
             receives the row's logsumexp (of what is kept of logits / T), argmax and threshold, for `verify`. Without
             slots the caches are indexed by row; with slots they may have more rows, or fewer: a slot past the caches is
             drafted greedily and stored nowhere.
+        cache_token_ids, cache_positions: [num_slots, max_drafts] int64: likewise the token and its position, for
+            `gather_drafts`.
         step: scalar integer tensor on the device, required with any cache.
         workspace: scratch and outputs to reuse; without it they are allocated.
     Returns:
@@ -115,12 +122,18 @@ def sample(
     num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
     if rounds is not None:
         check_integers("rounds", rounds, (batch,), device)
+    if ids is not None:
+        check_tensor("ids", ids, (batch, vocab_size), torch.int32, device)
+        if vocab_size > 1 and ids.stride(1) != 1:
+            raise ValueError("ids is not contiguous in its last dimension")
     num_cached = num_slots
     for name, tensor, shape, dtype in (
         ("cache", cache, (None, None, vocab_size), logits.dtype),
         ("cache_logsumexp", cache_logsumexp, (None, None), torch.float32),
         ("cache_argmax", cache_argmax, (None, None), torch.int64),
         ("cache_threshold", cache_threshold, (None, None), torch.float32),
+        ("cache_token_ids", cache_token_ids, (None, None), torch.int64),
+        ("cache_positions", cache_positions, (None, None), torch.int64),
     ):
         if tensor is None:
             continue
@@ -151,6 +164,8 @@ def sample(
         sample_kernel[(num_tiles, groups)](
             logits,
             logits.stride(0),
+            ids,
+            0 if ids is None else ids.stride(0),
             temperature,
             seeds,
             positions,
@@ -167,6 +182,10 @@ def sample(
             0 if cache_argmax is None else cache_argmax.stride(0),
             cache_threshold,
             0 if cache_threshold is None else cache_threshold.stride(0),
+            cache_token_ids,
+            0 if cache_token_ids is None else cache_token_ids.stride(0),
+            cache_positions,
+            0 if cache_positions is None else cache_positions.stride(0),
             step,
             num_cached,
             workspace.statistics,

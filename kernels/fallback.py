@@ -37,8 +37,11 @@ def sample(
     rounds: Tensor | None = None,
     streams: tuple[Stream, Stream] = (Stream.DRAFT_BLOCK, Stream.DRAFT_TOKEN),
     filters: Filters = NO_FILTERS,
+    ids: Tensor | None = None,
     cache: Tensor | None = None,
     cache_threshold: Tensor | None = None,
+    cache_token_ids: Tensor | None = None,
+    cache_positions: Tensor | None = None,
     step: Tensor | None = None,
     **_fused_only: Any,
 ) -> DraftSample:
@@ -60,9 +63,17 @@ def sample(
         streams=streams,
         filters=filters.of(index),
     )
-    if cache_threshold is not None:
-        cache_threshold[index[is_cached], step] = out.threshold[is_cached]
-    return replace(out, token_ids=out.token_ids.where(is_real, 0))
+    token_ids = out.token_ids
+    if ids is not None:
+        token_ids = ids.gather(1, token_ids[:, None]).squeeze(1).long().clamp(min=0)
+    for kept, values in (
+        (cache_threshold, out.threshold),
+        (cache_token_ids, token_ids),
+        (cache_positions, positions.long()),
+    ):
+        if kept is not None:
+            kept[index[is_cached], step] = values[is_cached]
+    return replace(out, token_ids=token_ids.where(is_real, 0))
 
 
 def verify(

@@ -84,23 +84,10 @@ def test_translate_refuses_a_wrong_limit(change, environ, message):
         translate(ASKED | change, environ)
 
 
-def test_with_dropped_puts_back_the_first_that_was_dropped_under_a_grammar_and_nothing_else():
-    cache = allocate(6, 3, 10, torch.float32, torch.device("cpu"), limit_gib=None)
-    for slot, has_grammar in enumerate((True, True, False, True, True)):
-        cache.start(slot, has_grammar)
-    slots = torch.tensor([4, 0, 1, 2, 3, -1])
-    for step in range(3):
-        tokens = torch.tensor([1, 2, 3, 4, 5, 6]) + step
-        cache.remember(slots, torch.tensor(step), tokens, torch.full((6,), 20 + step))
-    cache.start(1, True)  # a new request has its slot
-    # Scheduled: all drafts; one; one, in a new request; one, without a grammar; none, of another round.
-    num_drafts = torch.tensor([3, 1, 1, 1, 0])
-    drafts = torch.full((5, 3), -1)
-    drafts[0], drafts[1:4, 0] = torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4])
-    positions = torch.tensor([20, 20, 20, 20, 21])
-    found, count = cache.with_dropped(slots[:5], drafts, num_drafts, positions)
-    assert count.tolist() == [3, 2, 1, 1, 0]
-    assert found[1].tolist() == [2, 3, -1]
-    assert torch.equal(found[[0, 2, 3, 4]], drafts[[0, 2, 3, 4]])
-    _, count = cache.with_dropped(slots[:5], drafts, num_drafts, torch.full((5,), 20))
-    assert count.tolist() == [3, 2, 1, 1, 1]
+def test_start_forgets_the_drafts_of_the_request_before():
+    cache = allocate(2, 3, 10, torch.float32, torch.device("cpu"), limit_gib=None)
+    cache.drawn.positions.fill_(20)
+    cache.start(1, True)
+    cache.start(2, True)  # past the cache: nothing to forget
+    assert cache.drawn.positions.tolist() == [[20, 20, 20], [-1, -1, -1]]
+    assert cache.drawn.has_grammar.tolist() == [False, True]

@@ -71,12 +71,32 @@ def by_candidates(values: dict) -> dict:
         step = torch.tensor(i, device=DEVICE)
         found = find_candidates(values["draft_logits"][:, i], slots=slots, cache_ids=ids, step=step)
         out = sample(
-            found.logits, *shared, values["positions"] + i, slots=slots, filters=filters, cache=logits, step=step,
-            **{name.replace("draft", "cache"): cache for name, cache in kept.items()},
+            found.logits, *shared, values["positions"] + i, slots=slots, filters=filters, ids=found.ids, cache=logits,
+            step=step, **{name.replace("draft", "cache"): cache for name, cache in kept.items()},
         )  # fmt: skip
-        drawn = found.ids.gather(1, out.token_ids[:, None]).squeeze(1)
-        tokens[:, i] = torch.where(tokens[:, i] >= 0, drawn, tokens[:, i])
+        tokens[:, i] = torch.where(tokens[:, i] >= 0, out.token_ids, tokens[:, i])
     return values | kept | {"draft_token_ids": tokens, "draft_logits": logits, "draft_ids": ids, "slots": slots}
+
+
+@runs_kernels
+@pytest.mark.parametrize("filters", [Filters(), Filters(top_k=torch.full((5,), 3, dtype=torch.int32, device=DEVICE))])
+def test_sample_of_candidates_draws_their_tokens(filters: Filters) -> None:
+    """By the kernel and by the fallback; from a row without candidates, token 0."""
+    from vllm_bebop.kernels import fallback
+    from vllm_bebop.kernels.candidate_kernel import find_candidates
+
+    logits = torch.randn(5, 4100, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits[2] = NAN
+    found = find_candidates(logits)
+    found.ids[2] = -1
+    temperature, seeds = torch.tensor([1.0, 0.0, 1.0, 0.5, 2.0], device=DEVICE), torch.arange(5, device=DEVICE)
+    given = found.logits, temperature, seeds, seeds + 7
+    slots = torch.arange(5, device=DEVICE)
+    index = sample(*given, slots=slots, filters=filters).token_ids
+    expected = found.ids.gather(1, index[:, None]).squeeze(1).long().clamp(min=0)
+    assert expected[1] == logits[1].argmax() and expected[2] == 0
+    for run in (sample, fallback.sample):
+        assert torch.equal(run(*given, slots=slots, filters=filters, ids=found.ids).token_ids, expected)
 
 
 @runs_kernels

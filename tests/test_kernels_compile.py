@@ -24,11 +24,15 @@ TARGETS = {
 MAX_REGISTERS = 168  # of 65,536 per processor: at least one program of 8 warps, usually two or three
 BF16 = ["logits", "cache", "kept", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
-INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds"]
+INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds", "cache_token_ids", "cache_positions"]
+INT64 += ["input_positions", "drawn_ids", "drawn_positions", "num_scheduled"]
 INT32 = [
     "slots",
     "top_k",
     "ids",
+    "input_ids",
+    "cut_input_ids",
+    "row_offsets",
     "cache_ids",
     "draft_ids",
     "bitmask",
@@ -40,7 +44,7 @@ INT32 = [
     "first_rejected",
     "unresolved",
 ]
-BOOL = ["is_empty", "one_hot"]
+BOOL = ["is_empty", "one_hot", "has_grammar"]
 TYPES = {
     name: type for names, type in ((BF16, "*bf16"), (INT64, "*i64"), (INT32, "*i32"), (BOOL, "*i1")) for name in names
 }
@@ -88,6 +92,12 @@ def candidates(target: str):
     return compile_kernel(candidates_kernel, target, 4)
 
 
+def gathering(target: str):
+    from vllm_bebop.kernels.gathering_kernel import gather_kernel
+
+    return compile_kernel(gather_kernel, target, 4, REQUESTS=64, STEPS=4)
+
+
 def tally(target: str):
     from vllm_bebop.kernels.tally_kernel import tally_kernel
 
@@ -123,6 +133,7 @@ KERNELS = {
     "sample": lambda target: sampling(target, 8, filtered=False),
     "sample with filters": lambda target: sampling(target, 4, filtered=True),
     "candidates": candidates,
+    "gathering": gathering,
     "tally": tally,
     "statistics": lambda target: verification(target, 8, *DECIDED),
     "statistics of draft rows too": lambda target: verification(

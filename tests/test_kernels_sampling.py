@@ -288,7 +288,7 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
     of_slots = arguments(9, vocab_size, seed=1)
     cache = torch.full((10, 3, vocab_size), NAN, dtype=torch.bfloat16, device=DEVICE)  # with a spare row
     cache_logsumexp = torch.full((10, 3), NAN, device=DEVICE)
-    cache_argmax = torch.full((10, 3), -7, device=DEVICE)
+    cache_argmax, cache_token_ids, cache_positions = torch.full((3, 10, 3), -7, device=DEVICE)
     positions = values["positions"].to(integers)
     out = sample(
         values["logits"],
@@ -299,6 +299,8 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
         cache=cache,
         cache_logsumexp=cache_logsumexp,
         cache_argmax=cache_argmax,
+        cache_token_ids=cache_token_ids,
+        cache_positions=cache_positions,
         step=torch.tensor(1, dtype=integers, device=DEVICE),
     )
     real = (slots >= 0).nonzero().flatten()
@@ -310,7 +312,9 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
     written[index, 1] = True
     assert torch.equal(cache[index, 1], values["logits"][real]) and cache[~written].isnan().all()
     assert torch.equal(cache_logsumexp[index, 1], direct.logsumexp) and cache_logsumexp[~written].isnan().all()
-    assert torch.equal(cache_argmax[index, 1], direct.argmax_ids) and (cache_argmax[~written] == -7).all()
+    kept = (cache_argmax, direct.argmax_ids), (cache_token_ids, direct.token_ids), (cache_positions, positions[real])
+    for cached, expected in kept:
+        assert torch.equal(cached[index, 1], expected.long()) and (cached[~written] == -7).all()
 
 
 @runs_kernels
@@ -326,6 +330,8 @@ def test_sample_past_the_cache_is_greedy() -> None:
     for run in (sample, fallback.sample):
         cache = torch.full((4, 2, 700), NAN, device=DEVICE)
         kept = {"cache_logsumexp": torch.full((4, 2), NAN, device=DEVICE)}
+        drawn = torch.full((2, 4, 2), -7, device=DEVICE)
+        kept |= {"cache_token_ids": drawn[0], "cache_positions": drawn[1]}
         out = run(*values.values(), slots=slots, cache=cache, step=step, **kept)
         real, cached = slots >= 0, (slots >= 0) & (slots < 4)
         direct = sample_reference(
@@ -336,6 +342,9 @@ def test_sample_past_the_cache_is_greedy() -> None:
         assert torch.equal(out.token_ids[real & ~cached], values["logits"].argmax(1)[real & ~cached])
         assert torch.equal(cache[slots[cached], 1], values["logits"][cached])
         assert cache[:, 0].isnan().all() and cache[2].isnan().all()
+        assert torch.equal(drawn[0, slots[cached], 1], out.token_ids[cached])
+        assert torch.equal(drawn[1, slots[cached], 1], values["positions"][cached].long())
+        assert (drawn[:, :, 0] == -7).all() and (drawn[:, 2] == -7).all()
         outputs.append(cache.nan_to_num())
         if run is sample:
             assert kept["cache_logsumexp"].isnan().tolist() == [[True, False]] * 2 + [[True, True], [True, False]]
@@ -356,6 +365,8 @@ def test_sample_past_the_cache_is_greedy() -> None:
         ("seeds", torch.zeros(4, dtype=torch.int32)),
         ("positions", torch.zeros(4)),
         ("slots", torch.zeros(3, dtype=torch.int64)),
+        ("ids", torch.zeros(4, 99, dtype=torch.int32)),
+        ("ids", torch.zeros(4, 100, dtype=torch.int64)),
         ("cache", torch.zeros(4, 2, 100)),
         ("cache_logsumexp", torch.zeros(4, 2)),
         ("workspace", (2, 100)),

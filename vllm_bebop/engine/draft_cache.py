@@ -2,7 +2,7 @@
 
 A slot past the end of a limited cache drafts argmax q and is verified as one-hot: lossless too, with fewer tokens
 accepted. The kernels see to that; here only the number of cached slots is decided. The drafts themselves are kept too,
-for those that the scheduler drops under a grammar.
+for those that the scheduler drops under a grammar (see `kernels.gathering`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from vllm_bebop.config import BebopConfigError
 from vllm_bebop.kernels.candidates import num_candidates
+from vllm_bebop.kernels.gathering import DrawnDrafts
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
@@ -29,55 +30,13 @@ class DraftCache:
     logsumexp: torch.Tensor  # [num_slots, num_steps] fp32, of logits / T
     argmax: torch.Tensor  # [num_slots, num_steps] int64
     threshold: torch.Tensor  # [num_slots, num_steps] fp32, the lowest logit that top-k and top-p left of q
-    # The drafts and where they begin, with a spare row for requests without a slot here; -1: none.
-    token_ids: torch.Tensor  # [num_slots + 1, num_steps] int64
-    first_positions: torch.Tensor  # [num_slots + 1] int64
-    has_grammar: torch.Tensor  # [num_slots + 1] bool
-
-    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of `token_ids` and `first_positions` [N] int64 for slots [N]."""
-        num_slots = self.logits.shape[0]
-        return slots.long().where((slots >= 0) & (slots < num_slots), num_slots)
-
-    def remember(self, slots: torch.Tensor, step: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> None:
-        """Keep the drafts [N] of a step, at absolute positions [N]; inside CUDA graphs too."""
-        rows = self.rows_of(slots)
-        self.token_ids[rows, step] = tokens
-        self.first_positions[rows] = (positions - step).long()
-        self.first_positions[-1] = -1
+    drawn: DrawnDrafts  # the drafts themselves
 
     def start(self, slot: int, has_grammar: bool) -> None:
         """The slot has a new request, or one that begins anew."""
-        row = min(slot, self.logits.shape[0])
-        self.first_positions[row] = -1
-        self.has_grammar[row] = has_grammar
-
-    def with_dropped(
-        self,
-        slots: torch.Tensor,
-        drafts: torch.Tensor,
-        num_drafts: torch.Tensor,
-        first_positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The drafts of a batch, and their number, with the first that the scheduler dropped under a grammar.
-
-        It drops a draft that the grammar forbids, and all after it; and drafts for which it has no room. Were only the
-        allowed ones verified, the law of structured outputs would be off by what q has outside the grammar. So the
-        first that was dropped is verified too, whatever it is; of a forbidden one p has nothing. There is no row of
-        logits behind its own: if it is accepted, the token after it means nothing.
-
-        Args:
-            drafts: [B, num_steps]; num_drafts: [B], as for `verify`; first_positions: [B], of the tokens being decided;
-                other drafts are of a prompt's chunk, or from before preemption.
-        """
-        num_steps = drafts.shape[1]
-        step = num_drafts.long().clamp(max=num_steps - 1)[:, None]
-        rows = self.rows_of(slots)
-        dropped = self.token_ids[rows].gather(1, step)
-        is_current = self.has_grammar[rows] & (self.first_positions[rows] == first_positions)
-        is_dropped = is_current & (num_drafts < num_steps) & (dropped[:, 0] >= 0)
-        put_back = torch.where(is_dropped[:, None], dropped.to(drafts.dtype), drafts.gather(1, step))
-        return drafts.scatter(1, step, put_back), num_drafts + is_dropped.to(num_drafts.dtype)
+        if slot < self.logits.shape[0]:
+            self.drawn.positions[slot] = -1
+            self.drawn.has_grammar[slot] = has_grammar
 
 
 def allocate(
@@ -121,9 +80,11 @@ def allocate(
         logsumexp=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
         argmax=torch.zeros(num_slots, num_steps, dtype=torch.int64, device=device),
         threshold=torch.zeros(num_slots, num_steps, dtype=torch.float32, device=device),
-        token_ids=torch.full((num_slots + 1, num_steps), -1, dtype=torch.int64, device=device),
-        first_positions=torch.full((num_slots + 1,), -1, dtype=torch.int64, device=device),
-        has_grammar=torch.zeros(num_slots + 1, dtype=torch.bool, device=device),
+        drawn=DrawnDrafts(
+            token_ids=torch.full((num_slots, num_steps), -1, dtype=torch.int64, device=device),
+            positions=torch.full((num_slots, num_steps), -1, dtype=torch.int64, device=device),
+            has_grammar=torch.zeros(num_slots, dtype=torch.bool, device=device),
+        ),
     )
 
 

@@ -13,12 +13,15 @@ verified on its processed logits. vLLM decides which it is on the host, by a fla
 
 Drafts are filtered like the target (upstream's are not): what the target cannot say would only be rejected.
 
+Around the kernels there are next to no operations on small tensors, each of which is a launch: `gather_drafts` prepares
+a verification in one, and drafting needs none.
+
 The argument lists of these methods differ between versions of vLLM, so each replacement takes them by name, in a dict;
 engine/versions.py says which names it needs.
 
 Upstream symbols: `DraftModelSpeculator.{sample_draft, draft_logits}`, `Sampler.{sample, apply_sampling_params,
-sampling_states, logprobs_mode}`, `SamplingStates.{add_request, apply_temperature, max_num_logprobs, temperature, seeds,
-top_k, top_p, min_p}`, `RejectionSampler._verify`, `RequestState.free_indices`.
+sampling_states, logprobs_mode}`, `SamplingStates.{add_request, apply_staged_writes, apply_temperature,
+max_num_logprobs, temperature, seeds, top_k, top_p, min_p}`, `RejectionSampler._verify`, `RequestState.free_indices`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -50,14 +53,41 @@ Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Policies:
+    """What requests ask for, by slot, in the device's memory.
+
+    vLLM keeps it in the host's, where each program of a kernel would wait for it, and at changing addresses, which a
+    captured graph cannot follow.
+    """
+
+    temperature: torch.Tensor  # fp32
+    seeds: torch.Tensor  # int64
+    top_k: torch.Tensor  # int32
+    top_p: torch.Tensor  # fp32
+
+    @staticmethod
+    def allocate(num_slots: int, device: torch.device) -> Policies:
+        dtypes = torch.float32, torch.int64, torch.int32, torch.float32
+        return Policies(*(torch.zeros(num_slots, dtype=dtype, device=device) for dtype in dtypes))
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.top_k, self.top_p)
+
+    def follow(self, states: Any) -> None:
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(states, field.name).gpu)
+
+
+@dataclass(frozen=True)
 class Tools:
     """What a replaced method needs of ours; the attribute `bebop` of the object it belongs to."""
 
     backend: Backend
     workspace: Any
+    policies: Policies
     cache: DraftCache | None = None  # None for one-hot drafts
     candidates: Candidates | None = None  # scratch of drafting, where the cache holds no more
-    filters: Filters = NO_FILTERS  # by slot, for drafting: copies that a captured graph can read
     in_blocks: bool = False  # drafts are verified as a block
     num_steps: int = 0  # of verification
     totals: torch.Tensor | None = None  # of verification
@@ -87,12 +117,9 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
         runner.req_states.free_indices = draft_cache.LowestFirst(runner.req_states.free_indices)
     speculator.draft_logits = cache.logits
     chosen = backend.pick(device)
-    filters = Filters(
-        top_k=torch.zeros(num_requests, dtype=torch.int32, device=device),
-        top_p=torch.ones(num_requests, dtype=torch.float32, device=device),
-    )
+    policies = Policies.allocate(num_requests, device)
     workspace = chosen.sampling_workspace(num_requests, cache.logits.shape[2], device)
-    speculator.bebop = Tools(chosen, workspace, cache, candidates, filters, in_blocks=config.acceptance == "block")
+    speculator.bebop = Tools(chosen, workspace, policies, cache, candidates, in_blocks=config.acceptance == "block")
 
 
 def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
@@ -103,21 +130,23 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
     if getattr(rejection_sampler, "watermark_key", None) is not None:
         raise BebopConfigError("bebop's sampler puts no watermark into the text: serve without 'watermark_config'")
     states, device = sampler.sampling_states, runner.device
-    states.bebop_seeds = seed_source(runner)
-    states.bebop_cache = getattr(getattr(runner.speculator, "bebop", None), "cache", None)
     _subclass(sampler, sample=_sample)
-    _subclass(states, add_request=_add_request)
+    _subclass(states, add_request=_add_request, apply_staged_writes=_apply_staged_writes)
     _subclass(rejection_sampler, _verify=_verify)
     size = states.max_num_reqs, states.vocab_size
     drafting: Tools | None = getattr(runner.speculator, "bebop", None)
-    cache, filters = (None, NO_FILTERS) if drafting is None else (drafting.cache, drafting.filters)
+    if drafting is None:
+        cache, policies = None, Policies.allocate(size[0], device)
+    else:
+        cache, policies = drafting.cache, drafting.policies
     chosen = backend.pick(device)
     num_steps = rejection_sampler.num_speculative_steps
     workspace = chosen.verification_workspace(size[0], num_steps, size[1], device, with_draft_statistics=False)
     in_blocks = config.acceptance == "block"
     totals = new_totals(num_steps, device)
-    tools = Tools(chosen, workspace, cache, None, filters, in_blocks, num_steps, totals)
-    sampler.bebop = rejection_sampler.bebop = tools
+    tools = Tools(chosen, workspace, policies, cache, None, in_blocks, num_steps, totals)
+    states.bebop = sampler.bebop = rejection_sampler.bebop = tools
+    states.bebop_seeds, states.bebop_is_new = seed_source(runner), False
     _compile_ahead(runner)
     return totals
 
@@ -135,15 +164,20 @@ def _compile_ahead(runner: Any) -> None:
         "expanded_idx_mapping": slots,
         "expanded_local_pos": rows,
         "pos": rows,
-        "input_ids": rows,
+        "input_ids": rows.int(),
+        "draft_sampled": rows.int(),
+        "verify_draft_sampled": rows.int(),
         "seq_lens_upper_bound_np": np.zeros(1, dtype=np.int64),
     }
     cu_num_logits = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    upstream: Any = type(runner.rejection_sampler).__mro__[1]
+    wanted = _parameters(upstream._verify)
     states = sampler.sampling_states
     for top_k in (1, states.vocab_size):  # with filters and, as slots begin, without
         states.top_k.np[0] = top_k
         _sample(sampler, {name: value[:1] for name, value in given.items()})
-        _verify(runner.rejection_sampler, given | {"draft_sampled": rows.int(), "cu_num_logits": cu_num_logits})
+        to_verify = given | {"cu_num_logits": cu_num_logits}
+        _verify(runner.rejection_sampler, {name: value for name, value in to_verify.items() if name in wanted})
 
 
 def _subclass(instance: Any, **replacements: Callable[[Any, Arguments], Any]) -> None:
@@ -179,30 +213,30 @@ def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
     ((name, offset),) = ((name, offset) for name, offset in DRAFT_POSITION_ARGUMENTS.items() if name in given)
     positions, slots, step = given[name] + offset, given["idx_mapping"], given["draft_step"]
     logits = logits.to(ours.cache.logits.dtype)  # q is what verification reads back: the logits as they are stored
+    ids = None
     if ours.candidates is not None:
         found = ours.backend.find_candidates(
             logits, slots=slots, cache_ids=ours.cache.ids, step=step, out=ours.candidates
         )
-        logits = found.logits
-    token_ids = ours.backend.sample(
+        logits, ids = found.logits, found.ids
+    return ours.backend.sample(
         logits,
         given["temperature"],
         given["seeds"],
         positions,
         slots=slots,
         rounds=positions - step if ours.in_blocks else None,
-        filters=ours.filters,
+        filters=ours.policies.filters,
+        ids=ids,
         cache=ours.cache.logits,
         cache_logsumexp=ours.cache.logsumexp,
         cache_argmax=ours.cache.argmax,
         cache_threshold=ours.cache.threshold,
+        cache_token_ids=ours.cache.drawn.token_ids,
+        cache_positions=ours.cache.drawn.positions,
         step=step,
         workspace=ours.workspace,
     ).token_ids
-    if ours.candidates is not None:
-        token_ids = found.ids.gather(1, token_ids[:, None]).squeeze(1).long().clamp_(min=0)  # -1: a padding row's
-    ours.cache.remember(slots, step, token_ids, positions)
-    return token_ids
 
 
 def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -210,22 +244,13 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     ours: Tools = rejection_sampler.bebop
     sampler = rejection_sampler.sampler
     logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
-    drafted: torch.Tensor = given["draft_sampled"]
-    if "verify_draft_sampled" in given:  # -1 from the first draft that a grammar rules out, with async scheduling
-        # That one stays, to be rejected (see `DraftCache.with_dropped`). What follows is never reached.
-        cut: torch.Tensor = given["verify_draft_sampled"]
-        is_first = (cut < 0) & (torch.roll(cut, 1) >= 0)
-        drafted = torch.where(is_first, drafted, cut)
-    first_rows = given["cu_num_logits"][:-1]
-    # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1.
-    steps = torch.arange(1, rejection_sampler.num_speculative_steps + 1, device=drafted.device)
-    draft_rows = (first_rows[:, None] + steps).clamp_(max=drafted.shape[0] - 1)
-    num_drafts = torch.diff(given["cu_num_logits"]) - 1
-    verification = _verified(
-        ours, sampler, given, logits, given["idx_mapping"], drafted[draft_rows], num_drafts, first_rows
+    # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1. With asynchronous
+    # scheduling, -1 from the first draft that a grammar rules out.
+    verification, num_scheduled = _verified(
+        ours, sampler, given, logits, given["idx_mapping"], given["cu_num_logits"], given.get("verify_draft_sampled")
     )
     # One token for each row of logits, should a dropped draft be accepted.
-    num_accepted = torch.minimum(verification.num_accepted, num_drafts)
+    num_accepted = torch.minimum(verification.num_accepted, num_scheduled)
     ours.backend.tally(replace(verification, num_accepted=num_accepted), ours.totals)
     wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
@@ -236,11 +261,11 @@ def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]
     """One token for each row of logits, [num_rows] int64, and the processed logits."""
     ours: Tools = sampler.bebop
     logits = _logits_to_sample(sampler, given)
-    rows = torch.arange(logits.shape[0], device=logits.device)
     # Verification of no drafts, unless the scheduler dropped the first of some request under a grammar.
-    drafts = rows.new_full((len(rows), ours.num_steps), -1)
-    slots = given["expanded_idx_mapping"]
-    verification = _verified(ours, sampler, given, logits, slots, drafts, torch.zeros_like(rows), rows)
+    row_offsets = torch.arange(logits.shape[0] + 1, device=logits.device)
+    verification, _ = _verified(
+        ours, sampler, given | {"draft_sampled": given["input_ids"]}, logits, given["expanded_idx_mapping"], row_offsets
+    )
     processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
     return verification.token_ids[:, 0].contiguous(), processed  # vLLM's kernels read it as such
 
@@ -251,53 +276,50 @@ def _verified(
     given: Arguments,
     logits: torch.Tensor,
     slots: torch.Tensor,
-    drafts: torch.Tensor,
-    num_drafts: torch.Tensor,
-    first_rows: torch.Tensor,
-) -> Verification:
-    """drafts: [num_reqs, num_speculative_steps]; slots, num_drafts, first_rows: [num_reqs]."""
+    row_offsets: torch.Tensor,
+    cut_input_ids: torch.Tensor | None = None,
+) -> tuple[Verification, torch.Tensor]:
+    """The verification of what each request's slot drafted, and how much of it was scheduled [num_reqs]."""
     states = sampler.sampling_states
-    positions = given["pos"][first_rows] + 1
     kept = {}
     if ours.cache is not None:
-        drafts, num_drafts = ours.cache.with_dropped(slots, drafts, num_drafts, positions)
         kept = {
             "draft_logsumexp": ours.cache.logsumexp,
             "draft_argmax": ours.cache.argmax,
             "draft_threshold": ours.cache.threshold,
             "draft_ids": ours.cache.ids,
         }
-    return ours.backend.verify(
+    drafts = ours.backend.gather_drafts(
+        given["draft_sampled"],
+        given["pos"],
+        row_offsets,
+        slots,
+        ours.num_steps,
+        cut_input_ids=cut_input_ids,
+        drawn=None if ours.cache is None else ours.cache.drawn,
+    )
+    is_raw = logits is given["logits"]
+    verification = ours.backend.verify(
         logits,
-        drafts,
+        drafts.token_ids,
         None if ours.cache is None else ours.cache.logits,
-        num_drafts,
-        states.temperature.gpu,
-        states.seeds.gpu,
-        positions,
+        drafts.num_drafts,
+        ours.policies.temperature,
+        ours.policies.seeds,
+        drafts.positions,
         slots=slots,
-        first_rows=first_rows,
-        target_is_processed=logits is not given["logits"],
-        filters=_filters(ours, states, given, logits),
+        first_rows=row_offsets[:-1],
+        target_is_processed=not is_raw,
+        filters=ours.policies.filters if is_raw and _any_is_filtered(states, given["idx_mapping_np"]) else NO_FILTERS,
         block=ours.in_blocks,
         workspace=ours.workspace,
         **kept,
     )
+    return verification, drafts.num_scheduled
 
 
-def _filters(ours: Tools, states: Any, given: Arguments, logits: torch.Tensor) -> Filters:
-    """What is left to filter of the target's logits; and the drafts of the coming round learn of new requests."""
-    asked = Filters(states.top_k.gpu, states.top_p.gpu)
-    if ours.filters.are_asked_for:
-        ours.filters.top_k.copy_(asked.top_k)
-        ours.filters.top_p.copy_(asked.top_p)
-    slots = given["idx_mapping_np"]
-    is_left = logits is given["logits"] and any(_is_filtered(states, slot) for slot in slots)
-    return asked if is_left else NO_FILTERS
-
-
-def _is_filtered(states: Any, slot: int) -> bool:
-    return states.top_k.np[slot] != states.vocab_size or states.top_p.np[slot] != 1.0
+def _any_is_filtered(states: Any, slots: np.ndarray) -> bool:
+    return bool(np.any((states.top_k.np[slots] != states.vocab_size) | (states.top_p.np[slots] != 1.0)))
 
 
 def _add_request(states: Any, given: Arguments) -> bool:
@@ -307,11 +329,22 @@ def _add_request(states: Any, given: Arguments) -> bool:
     slot = given["req_idx"]
     if given["sampling_params"].seed is None:
         states.seeds.np[slot] = states.bebop_seeds.integers(2**63)
-    if states.bebop_cache is not None:
-        states.bebop_cache.start(slot, given["sampling_params"].structured_outputs is not None)
-    wants_logprobs = states.max_num_logprobs(np.array([slot])) >= 0
-    is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _is_filtered(states, slot))
+    states.bebop_is_new = True
+    if states.bebop.cache is not None:
+        states.bebop.cache.start(slot, given["sampling_params"].structured_outputs is not None)
+    alone = np.array([slot])
+    wants_logprobs = states.max_num_logprobs(alone) >= 0
+    is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _any_is_filtered(states, alone))
     return bool(states.temperature.np[slot] != 0.0 and is_left)
+
+
+def _apply_staged_writes(states: Any, given: Arguments) -> None:
+    """Once a step, before anything is sampled in it."""
+    upstream: Any = type(states).__mro__[1]
+    upstream.apply_staged_writes(states, **given)
+    if states.bebop_is_new:
+        states.bebop.policies.follow(states)
+        states.bebop_is_new = False
 
 
 def _logits_to_sample(sampler: Any, given: Arguments) -> torch.Tensor:

@@ -121,6 +121,7 @@ _RUNNER_V2 = (
         ("req_idx", "sampling_params"),
         "engine/runner_v2.py",
     ),
+    Seam("vllm.v1.worker.gpu.sample.states:SamplingStates.apply_staged_writes", (), "engine/runner_v2.py"),
     Seam(
         "vllm.v1.worker.gpu.sample.states:SamplingStates.apply_temperature",
         ("logits", "expanded_idx_mapping", "idx_mapping_np"),

@@ -52,7 +52,8 @@ def _worker_over(base: type) -> type:
         def bebop_totals(self) -> dict[str, list[float]] | None:
             """For `collective_rpc("bebop_totals")`: sums since the start by draft step, see `kernels.tally`.
 
-            Ranks that sample the same tokens return the same; pipeline ranks but the last, None.
+            Tensor-parallel ranks return the same, unless vLLM's batch-sharded sampling gives each its own requests;
+            then, and for data-parallel ranks, the sums add up. Pipeline ranks but the last return None.
             """
             return None if self._totals is None else read_totals(self._totals)
 

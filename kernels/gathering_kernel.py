@@ -1,0 +1,141 @@
+"""Gathering a step's drafts in one small launch: see `gathering`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_bebop.kernels.arguments import check_integers, check_tensor
+from vllm_bebop.kernels.gathering import DrawnDrafts, GatheredDrafts
+
+_REQUESTS = 64  # of one program
+
+
+def gather_drafts(
+    input_ids: Tensor,
+    input_positions: Tensor,
+    row_offsets: Tensor,
+    slots: Tensor,
+    max_drafts: int,
+    *,
+    cut_input_ids: Tensor | None = None,
+    drawn: DrawnDrafts | None = None,
+) -> GatheredDrafts:
+    """Each request's scheduled drafts, and one more where the scheduler dropped the next under a grammar.
+
+    Args:
+        input_ids, input_positions: [N] int32 or int64, the token that was fed to each row of target logits, and its
+            absolute position: the last token decided, then the drafts, of which -1 is none.
+        row_offsets: [B + 1] int32 or int64: request r owns rows row_offsets[r] .. row_offsets[r + 1] - 1, one at least
+            and max_drafts + 1 at most.
+        slots: [B] int32 or int64, each request's row of `drawn`; there is none of those outside it.
+        cut_input_ids: [N], dtype of input_ids: the same, with -1 from the first draft that the grammar rules out. That
+            one is kept, to be rejected.
+        drawn: what was drafted last; without it nothing is put back.
+    Returns:
+        GatheredDrafts.
+    Raises:
+        ValueError: a shape, dtype or device is wrong; the message names the argument.
+    Reference: gathering.gather_drafts_reference
+    """
+    device, (num_rows,) = input_ids.device, input_ids.shape
+    check_integers("input_ids", input_ids, (num_rows,), device)
+    check_integers("input_positions", input_positions, (num_rows,), device)
+    check_integers("slots", slots, (None,), device)
+    batch = len(slots)
+    check_integers("row_offsets", row_offsets, (batch + 1,), device)
+    if cut_input_ids is not None:
+        check_tensor("cut_input_ids", cut_input_ids, (num_rows,), input_ids.dtype, device)
+        if num_rows > 1 and cut_input_ids.stride(0) != 1:
+            raise ValueError("cut_input_ids is not contiguous")
+    num_slots = 0
+    if drawn is not None:
+        num_slots = len(drawn.has_grammar)
+        check_tensor("drawn.has_grammar", drawn.has_grammar, (num_slots,), torch.bool, device)
+        for name, tensor in (("drawn.token_ids", drawn.token_ids), ("drawn.positions", drawn.positions)):
+            check_tensor(name, tensor, (num_slots, max_drafts), torch.int64, device)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} is not contiguous")
+
+    def integers(*shape: int) -> Tensor:  # allocated one by one: Triton compiles anew for another alignment
+        return torch.empty(batch, *shape, dtype=torch.int64, device=device)
+
+    token_ids, num_drafts, num_scheduled, positions = integers(max_drafts), integers(), integers(), integers()
+    if batch > 0:
+        gather_kernel[(triton.cdiv(batch, _REQUESTS),)](
+            input_ids,
+            cut_input_ids,
+            input_positions,
+            row_offsets,
+            slots,
+            None if drawn is None else drawn.token_ids,
+            None if drawn is None else drawn.positions,
+            None if drawn is None else drawn.has_grammar,
+            num_slots,
+            token_ids,
+            num_drafts,
+            num_scheduled,
+            positions,
+            batch,
+            max_drafts,
+            REQUESTS=_REQUESTS,
+            STEPS=triton.next_power_of_2(max(max_drafts, 1)),
+            num_warps=4,
+        )
+    return GatheredDrafts(token_ids, num_drafts, num_scheduled, positions)
+
+
+@triton.jit(do_not_specialize=["num_slots", "batch"])
+def gather_kernel(
+    input_ids_ptr,
+    cut_input_ids_ptr,
+    input_positions_ptr,
+    row_offsets_ptr,
+    slots_ptr,
+    drawn_ids_ptr,
+    drawn_positions_ptr,
+    has_grammar_ptr,
+    num_slots,
+    token_ids_ptr,
+    num_drafts_ptr,
+    num_scheduled_ptr,
+    positions_ptr,
+    batch,
+    max_drafts,
+    REQUESTS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    request = tl.program_id(0) * REQUESTS + tl.arange(0, REQUESTS)
+    in_batch = request < batch
+    first_row = tl.load(row_offsets_ptr + request, mask=in_batch, other=0).to(tl.int64)
+    end_row = tl.load(row_offsets_ptr + request + 1, mask=in_batch, other=1).to(tl.int64)
+    num_scheduled = end_row - first_row - 1
+    position = tl.load(input_positions_ptr + first_row, mask=in_batch, other=0).to(tl.int64) + 1
+
+    steps = tl.arange(0, STEPS)[None, :]
+    row = first_row[:, None] + 1 + steps
+    is_scheduled = in_batch[:, None] & (steps < num_scheduled[:, None])
+    token = tl.load(input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
+    if cut_input_ids_ptr is not None:
+        cut = tl.load(cut_input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
+        before = tl.load(cut_input_ids_ptr + row - 1, mask=is_scheduled, other=-1).to(tl.int64)
+        token = tl.where((cut < 0) & (before >= 0), token, cut)
+
+    num_drafts = num_scheduled
+    if drawn_ids_ptr is not None:
+        slot = tl.load(slots_ptr + request, mask=in_batch, other=-1).to(tl.int64)
+        is_known = in_batch & (slot >= 0) & (slot < num_slots) & (num_scheduled < max_drafts)
+        place = slot * max_drafts + num_scheduled
+        is_current = tl.load(drawn_positions_ptr + place, mask=is_known, other=-1) == position + num_scheduled
+        has_grammar = tl.load(has_grammar_ptr + slot, mask=is_known, other=0) != 0
+        is_dropped = is_known & is_current & has_grammar
+        dropped = tl.load(drawn_ids_ptr + place, mask=is_dropped, other=-1)
+        is_here = is_dropped[:, None] & (steps == num_scheduled[:, None])
+        token = tl.where(is_here, dropped[:, None], token)
+        num_drafts += is_dropped.to(tl.int64)
+
+    is_step = in_batch[:, None] & (steps < max_drafts)
+    tl.store(token_ids_ptr + request[:, None] * max_drafts + steps, token, mask=is_step)
+    tl.store(num_drafts_ptr + request, num_drafts, mask=in_batch)
+    tl.store(num_scheduled_ptr + request, num_scheduled, mask=in_batch)
+    tl.store(positions_ptr + request, position, mask=in_batch)

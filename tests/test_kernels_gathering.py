@@ -1,0 +1,129 @@
+"""What a step verifies: by hand, and the kernel against its reference.
+
+Runs on the GPU where there is one, otherwise in Triton's interpreter: see test_kernels_sampling.
+"""
+
+import pytest
+import torch
+
+from tests.test_kernels_sampling import DEVICE, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from vllm_bebop.kernels.gathering import DrawnDrafts, gather_drafts_reference
+
+
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+test_in_the_interpreter.__test__ = not RUNS_HERE
+
+
+def drawn_drafts(token_ids: list[list[int]], first_positions: list[int], has_grammar: list[bool]) -> DrawnDrafts:
+    steps = torch.arange(len(token_ids[0]), device=DEVICE)
+    return DrawnDrafts(
+        token_ids=torch.tensor(token_ids, device=DEVICE),
+        positions=torch.tensor(first_positions, device=DEVICE)[:, None] + steps,
+        has_grammar=torch.tensor(has_grammar, device=DEVICE),
+    )
+
+
+def test_reference_puts_back_the_first_that_was_dropped_under_a_grammar_and_nothing_else() -> None:
+    drawn = drawn_drafts(
+        [[2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 7], [1, 2, 3]],
+        first_positions=[20, 7, 20, 20, 20],  # of slot 1, from before
+        has_grammar=[True, True, False, True, True],
+    )
+    # Scheduled: all drafts; one; one, of other drafts; one, without a grammar; none, of another round; one, no slot.
+    input_ids = torch.tensor([9, 1, 2, 3, 9, 2, 9, 3, 9, 4, 9, 9, 8], device=DEVICE)
+    row_offsets = torch.tensor([0, 4, 6, 8, 10, 11, 13], device=DEVICE)
+    slots = torch.tensor([4, 0, 1, 2, 3, 7], device=DEVICE)
+    input_positions = torch.full((13,), 19, device=DEVICE)
+    input_positions[10] = 20
+    found = gather_drafts_reference(input_ids, input_positions, row_offsets, slots, 3, drawn=drawn)
+    assert found.num_scheduled.tolist() == [3, 1, 1, 1, 0, 1]
+    assert found.num_drafts.tolist() == [3, 2, 1, 1, 0, 1]
+    assert found.positions.tolist() == [20, 20, 20, 20, 21, 20]
+    expected = [[1, 2, 3], [2, 3, -1], [3, -1, -1], [4, -1, -1], [-1, -1, -1], [8, -1, -1]]
+    assert found.token_ids.tolist() == expected
+    input_positions[10] = 19
+    found = gather_drafts_reference(input_ids, input_positions, row_offsets, slots, 3, drawn=drawn)
+    assert found.num_drafts.tolist() == [3, 2, 1, 1, 1, 1]
+    assert found.token_ids[4].tolist() == [5, -1, -1]
+
+
+def test_reference_keeps_the_first_draft_that_is_cut() -> None:
+    input_ids = torch.tensor([9, 1, 2, 3, 9, 4, 5, 6], device=DEVICE)
+    cut = torch.tensor([9, 1, -1, -1, 9, -1, -1, -1], device=DEVICE)
+    row_offsets, slots = torch.tensor([0, 4, 8], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    found = gather_drafts_reference(input_ids, input_ids, row_offsets, slots, 3, cut_input_ids=cut)
+    assert found.token_ids.tolist() == [[1, 2, -1], [4, -1, -1]]
+    assert found.num_drafts.tolist() == found.num_scheduled.tolist() == [3, 3]
+
+
+@runs_kernels
+@pytest.mark.parametrize("max_drafts", [0, 1, 3, 16])
+@pytest.mark.parametrize("batch", [0, 1, 200])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_gather_drafts_equals_reference(batch: int, max_drafts: int, integers: torch.dtype) -> None:
+    from vllm_bebop.kernels.gathering_kernel import gather_drafts
+
+    generator = torch.Generator().manual_seed(max_drafts)
+
+    def random(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    num_scheduled = random(0, max_drafts + 1, batch)
+    row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (num_scheduled + 1).cumsum(0)])
+    num_rows, num_slots = int(row_offsets[-1]), 150
+    input_ids, input_positions = random(0, 1000, num_rows), random(5, 8, num_rows)
+    first_row = torch.zeros(num_rows, dtype=torch.bool).index_fill(0, row_offsets[:-1], True)
+    is_cut = ~first_row & (torch.rand(num_rows, generator=generator) < 0.3)
+    for row in range(1, num_rows):  # all after the first, too
+        is_cut[row] |= is_cut[row - 1] & ~first_row[row]
+    cut = input_ids.masked_fill(is_cut, -1)
+    drawn = DrawnDrafts(
+        random(0, 1000, num_slots, max_drafts).to(DEVICE),
+        (random(5, 9, num_slots, 1) + torch.arange(max_drafts)).to(DEVICE),
+        (random(0, 2, num_slots) == 1).to(DEVICE),
+    )
+    slots = torch.randperm(max(batch, 1), generator=generator)[:batch] - 1  # outside `drawn` on both sides
+    given = [tensor.to(DEVICE, integers) for tensor in (input_ids, input_positions, row_offsets, slots)]
+    num_put_back = 0
+    for options in ({}, {"drawn": drawn}, {"cut_input_ids": cut.to(DEVICE, integers), "drawn": drawn}):
+        ours, eager = (gather(*given, max_drafts, **options) for gather in (gather_drafts, gather_drafts_reference))
+        for name in ("token_ids", "num_drafts", "num_scheduled", "positions"):
+            assert torch.equal(getattr(ours, name), getattr(eager, name)), name
+        num_put_back += int((ours.num_drafts > ours.num_scheduled).sum())
+    assert num_put_back > 0 or batch < 200 or max_drafts == 0
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("input_ids", torch.zeros(4)),
+        ("input_positions", torch.zeros(3, dtype=torch.int64)),
+        ("row_offsets", torch.zeros(2, dtype=torch.int64)),
+        ("slots", torch.zeros(2)),
+        ("cut_input_ids", torch.zeros(4, dtype=torch.int32)),
+        ("cut_input_ids", torch.zeros(8, dtype=torch.int64)[::2]),
+        ("drawn.positions", DrawnDrafts(*torch.zeros(2, 2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))),
+    ],
+)
+def test_gather_drafts_names_the_wrong_argument(name: str, wrong) -> None:
+    from vllm_bebop.kernels.gathering_kernel import gather_drafts
+
+    values = {
+        "input_ids": torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        "input_positions": torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        "row_offsets": torch.tensor([0, 2, 4], device=DEVICE),
+        "slots": torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        "max_drafts": 1,
+    }
+    gather_drafts(**values)
+    if isinstance(wrong, DrawnDrafts):
+        wrong = DrawnDrafts(*(tensor.to(DEVICE) for tensor in vars(wrong).values()))
+        wrong = {"drawn": DrawnDrafts(wrong.token_ids[:, :1].contiguous(), wrong.positions, wrong.has_grammar)}
+    else:
+        wrong = {name: wrong.to(DEVICE)}
+    with pytest.raises(ValueError, match=f"^{name} "):
+        gather_drafts(**values | wrong)
