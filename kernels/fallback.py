@@ -87,6 +87,7 @@ def verify(
     *,
     slots: Tensor,
     first_rows: Tensor | None = None,
+    one_hot: Tensor | None = None,
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
     filters: Filters = NO_FILTERS,
@@ -103,10 +104,10 @@ def verify(
         rows = (first_rows.long()[request] + step).clamp(max=len(target_logits) - 1)
         target_logits = target_logits[rows]
         bitmask = None if bitmask is None else bitmask[rows]
-    one_hot = None
     if draft_logits is not None:
-        one_hot = index >= draft_logits.shape[0]
-        row = index.where(~one_hot, 0)
+        is_past = index >= draft_logits.shape[0]
+        row = index.where(~is_past, 0)
+        one_hot = is_past if one_hot is None else one_hot | is_past
         draft_logits = draft_logits[row]
         if draft_ids is not None:
             draft_logits = expand_candidates(draft_ids[row], draft_logits, target_logits.shape[1])

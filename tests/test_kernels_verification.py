@@ -442,8 +442,7 @@ def test_verify_past_the_cache_is_one_hot() -> None:
     from vllm_bebop.kernels import fallback
 
     values = with_draft_statistics(case(32, 3, 100))
-    out = verify(**values | {"one_hot": torch.arange(32, device=DEVICE) >= 12})
-    del values["one_hot"]
+    out = verify(**values | {"one_hot": values["one_hot"] | (torch.arange(32, device=DEVICE) >= 12)})
     for name in ("draft_logits", "draft_logsumexp", "draft_argmax"):
         values[name] = values[name][:12]
     slots = torch.arange(32, device=DEVICE)

@@ -28,7 +28,7 @@ class _SamplingStates:
     """Of vLLM's, what `_add_request` reads. Draws the same seed on every replica, as 0.31 does."""
 
     vocab_size = 8
-    bebop_cache = None
+    bebop = SimpleNamespace(cache=None)
 
     def __init__(self):
         values = {"temperature": 1.0, "top_k": 8, "top_p": 1.0, "min_p": 0.0}

@@ -40,7 +40,7 @@ def environment_for_every_family() -> dict[str, str]:
 
 
 def replace_what_the_interpreter_cannot_run() -> None:
-    """For model runner V2 without a GPU: vLLM's top-k/top-p kernel, which it has in PyTorch too, and pinned memory."""
+    """vLLM's top-k/top-p kernel, which it has in PyTorch too, and pinned memory."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from vllm.v1.sample.ops import topk_topp_sampler

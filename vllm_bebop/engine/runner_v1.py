@@ -2,7 +2,7 @@
 
 V1 hands its proposer and its samplers neither positions nor request ids, and forgets the draft distribution of a
 request that sits out a step. `V1Requests` supplies what is missing, read from the runner; the three classes below are
-vLLM's own with one method or two replaced.
+vLLM's own with one method or two replaced. On a GPU they run the fused kernels, on what V1 prepares in Python.
 
 Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_last_draft_probs}`, `Sampler.sample`,
 `RejectionSampler.forward`, `apply_top_k_top_p`, `GPUModelRunner.{input_batch, requests, positions, query_start_loc}`.
@@ -11,6 +11,7 @@ Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_l
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,16 +26,11 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_bebop.config import BebopConfig
 from vllm_bebop.engine.seeding import seed_source
-from vllm_bebop.kernels.block_reference import accept_block
+from vllm_bebop.kernels import backend
+from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.filters import Filters
 from vllm_bebop.kernels.philox import Stream
-from vllm_bebop.kernels.reference import (
-    GREEDY_TEMPERATURE,
-    Rule,
-    accept_one_by_one,
-    sample_reference,
-    verify_reference,
-)
+from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE
 from vllm_bebop.kernels.tally import new_totals, tally_reference
 
 logger = logging.getLogger("vllm.bebop")
@@ -50,8 +46,11 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
         return
     if type(runner.drafter) is not EagleProposer:
         raise TypeError(f"bebop cannot draft with {type(runner.drafter).__name__}; see `bebop doctor --model ...`")
+    if config.draft_cache != "full" or config.draft_cache_gib is not None:
+        logger.warning("bebop: model runner V1 keeps all drafts' logits: no effect of 'draft_cache', 'draft_cache_gib'")
     runner.drafter.__class__ = BebopProposer
     runner.drafter.requests = V1Requests(runner)
+    runner.drafter.backend = backend.pick(runner.device)
     runner.drafter.one_hot = config.acceptance == "target_only"
     runner.drafter.in_blocks = config.acceptance == "block"
 
@@ -60,15 +59,10 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
     """Exchange both samplers: seeded noise has to be the same whichever a step uses. Returns totals to be tallied."""
     if not hasattr(runner, "drafter"):
         return None
-    if runner.device.type == "cuda":
-        logger.warning("bebop: on model runner V1 the sampler is plain PyTorch, which is slow on a GPU; V2 has kernels")
-    requests = runner.drafter.requests
-    runner.sampler.__class__ = BebopSampler
-    runner.sampler.requests = requests
-    runner.rejection_sampler.__class__ = BebopRejectionSampler
-    runner.rejection_sampler.requests = requests
-    rule = accept_block if config.acceptance == "block" else accept_one_by_one
-    runner.sampler.rule = runner.rejection_sampler.rule = rule
+    drafter = runner.drafter
+    for sampler, ours in ((runner.sampler, BebopSampler), (runner.rejection_sampler, BebopRejectionSampler)):
+        sampler.__class__ = ours
+        sampler.requests, sampler.backend, sampler.in_blocks = drafter.requests, drafter.backend, drafter.in_blocks
     runner.rejection_sampler.totals = new_totals(runner.drafter.num_speculative_tokens, runner.device)
     return runner.rejection_sampler.totals
 
@@ -80,13 +74,15 @@ class Draft:
     first_position: absolute position of the first draft token.
     token_ids: [num_speculative_tokens] int64.
     logits: [num_speculative_tokens, vocab_size], pre-temperature; None for one-hot drafts.
-    threshold: [num_speculative_tokens], the lowest logit that top-k and top-p left of each row.
+    threshold, logsumexp: [num_speculative_tokens], the lowest logit that top-k and top-p left of each row, and the
+        logsumexp of what they left, divided by the temperature.
     """
 
     first_position: int
     token_ids: torch.Tensor
-    logits: torch.Tensor | None
-    threshold: torch.Tensor | None
+    logits: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
+    logsumexp: torch.Tensor | None = None
 
 
 class V1Requests:
@@ -134,15 +130,13 @@ class V1Requests:
         request_ids: list[str],
         first_positions: torch.Tensor,
         token_ids: torch.Tensor,
-        logits: torch.Tensor | None,
-        threshold: torch.Tensor | None,
+        q: Sequence[torch.Tensor],
     ) -> None:
-        """Keep the proposals just made, [batch, num_speculative_tokens, ...] as in `Draft`."""
+        """Keep the proposals just made, [batch, num_speculative_tokens, ...] as in `Draft`; q is empty if one-hot."""
         alive = self._runner.requests
         self._drafts = {id_: draft for id_, draft in self._drafts.items() if id_ in alive}
         for row, (id_, first_position) in enumerate(zip(request_ids, first_positions.tolist(), strict=False)):
-            q = (None if each is None else each[row] for each in (logits, threshold))
-            self._drafts[id_] = Draft(first_position, token_ids[row].long(), *q)
+            self._drafts[id_] = Draft(first_position, token_ids[row].long(), *(each[row] for each in q))
 
     def take(self, batch_size: int) -> list[Draft | None]:
         """The drafts of this batch, each handed out once: what a step verified must not be matched to later drafts."""
@@ -167,6 +161,7 @@ class BebopProposer(EagleProposer):
     """vLLM's MTP proposer, drawing every draft token from q at the request's temperature, by its own seed."""
 
     requests: V1Requests
+    backend: Backend
     one_hot: bool
     in_blocks: bool  # drafts are verified as a block, so their noise must be this round's own
 
@@ -183,12 +178,10 @@ class BebopProposer(EagleProposer):
         self._next_positions = first_positions
         self._rounds = first_positions if self.in_blocks else None
         self._seeds = self.requests.seeds(batch_size)
-        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._rows: list[tuple[torch.Tensor, ...]] = []
         draft_token_ids = super().propose(*args, **kwargs)
-        logits, threshold = (
-            (torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True)) if self._rows else (None, None)
-        )
-        self.requests.remember(self.requests.ids(batch_size), first_positions, draft_token_ids, logits, threshold)
+        q = [torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True)]
+        self.requests.remember(self.requests.ids(batch_size), first_positions, draft_token_ids, q)
         self._rows = []
         return draft_token_ids
 
@@ -198,16 +191,17 @@ class BebopProposer(EagleProposer):
         if self.one_hot or sampling_metadata.all_greedy:
             return self._greedy_sample(hidden_states), None
         logits = self.model.compute_logits(hidden_states)
-        sample = sample_reference(
+        sample = self.backend.sample(
             logits,
             sampling_metadata.temperature,
             self._seeds,
             self._next_positions,
+            slots=torch.arange(len(logits), device=logits.device),
             rounds=self._rounds,
             # As the target is filtered (upstream's drafts are not): what it cannot say would only be rejected.
             filters=Filters(sampling_metadata.top_k, sampling_metadata.top_p),
         )
-        self._rows.append((logits, sample.threshold))
+        self._rows.append((logits, sample.threshold, sample.logsumexp))
         self._next_positions = self._next_positions + 1
         return sample.token_ids, None
 
@@ -216,7 +210,8 @@ class BebopSampler(Sampler):
     """vLLM's sampler with the last step, the draw itself, made by the request's own seed and position."""
 
     requests: V1Requests
-    rule: Rule
+    backend: Backend
+    in_blocks: bool
 
     def sample(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
@@ -225,20 +220,22 @@ class BebopSampler(Sampler):
         logits = _apply_policy(logits, sampling_metadata)
         temperature = _temperature(sampling_metadata, batch_size, logits.device)
         seeds, positions = self.requests.seeds(batch_size), self.requests.positions(None, batch_size)
-        sample = sample_reference(
+        sample = self.backend.sample(
             logits,
             torch.where(temperature < GREEDY_TEMPERATURE, 0.0, 1.0),  # the logits carry it already
             seeds,
             positions,
+            slots=torch.arange(batch_size, device=logits.device),
             streams=_TARGET_STREAMS,
         )
         drafts = self.requests.take(batch_size)
         for row, (draft, first_position) in enumerate(zip(drafts, positions.tolist(), strict=True)):
             if not self.requests.was_dropped(row, draft, 0, first_position):
                 continue
-            assert draft is not None and draft.logits is not None and draft.threshold is not None
+            assert draft is not None and draft.logits is not None
+            assert draft.threshold is not None and draft.logsumexp is not None
             one = torch.tensor([row], device=logits.device)
-            sample.token_ids[row] = verify_reference(
+            sample.token_ids[row] = self.backend.verify(
                 logits[[row, row]],  # the second gives a token that is not used
                 draft.token_ids[None, :1],
                 draft.logits[None, :1],
@@ -246,9 +243,11 @@ class BebopSampler(Sampler):
                 temperature[one],
                 seeds[one],
                 positions[one],
+                slots=torch.zeros_like(one),
                 draft_threshold=draft.threshold[None, :1],
+                draft_logsumexp=draft.logsumexp[None, :1],
                 target_is_processed=True,
-                rule=self.rule,
+                block=self.in_blocks,
             ).token_ids[0, 0]
         mode = logprobs_mode_override or self.logprobs_mode
         processed = None
@@ -266,16 +265,18 @@ class Drafts(NamedTuple):
     num_tokens: torch.Tensor  # [B], with those that the scheduler dropped
     rows: torch.Tensor  # [sum(num_tokens + 1)], the rows of the target's logits
     token_ids: torch.Tensor  # [B, max_drafts]; -1: rejected
-    logits: torch.Tensor | None  # [B, max_drafts, vocab_size]
-    threshold: torch.Tensor  # [B, max_drafts]
+    logits: torch.Tensor | None  # [B, max_drafts, vocab_size]; None: every draft is one-hot, and so below
+    threshold: torch.Tensor | None  # [B, max_drafts]
+    logsumexp: torch.Tensor | None  # [B, max_drafts]
     one_hot: torch.Tensor  # [B] bool
 
 
 class BebopRejectionSampler(RejectionSampler):
-    """vLLM's rejection sampler with the verification made by `kernels.reference.verify_reference`."""
+    """vLLM's rejection sampler with bebop's verification."""
 
     requests: V1Requests
-    rule: Rule
+    backend: Backend
+    in_blocks: bool
     totals: torch.Tensor
 
     def forward(
@@ -293,7 +294,7 @@ class BebopRejectionSampler(RejectionSampler):
         positions = self.requests.positions(metadata.logits_indices[first_rows], batch_size)
         processed = self._process(metadata, logits, sampling_metadata)
         drafts = self._drafts(metadata, positions, logits)
-        verification = verify_reference(
+        verification = self.backend.verify(
             processed[drafts.rows],
             drafts.token_ids,
             drafts.logits,
@@ -301,10 +302,12 @@ class BebopRejectionSampler(RejectionSampler):
             _temperature(sampling_metadata, batch_size, logits.device),
             self.requests.seeds(batch_size),
             positions,
+            slots=torch.arange(batch_size, device=logits.device),
             one_hot=drafts.one_hot,
             draft_threshold=drafts.threshold,
+            draft_logsumexp=drafts.logsumexp,
             target_is_processed=True,
-            rule=self.rule,
+            block=self.in_blocks,
         )
         num_accepted = torch.minimum(verification.num_accepted, num_draft_tokens)
         tally_reference(replace(verification, num_accepted=num_accepted), self.totals)
@@ -346,6 +349,7 @@ class BebopRejectionSampler(RejectionSampler):
         width = metadata.max_spec_len + 1  # one more, should it have been dropped
         token_ids = torch.full((len(drafts), width), -1, dtype=torch.int64, device=device)
         threshold = torch.full(token_ids.shape, float("-inf"), device=device)
+        logsumexp = torch.zeros(token_ids.shape, device=device)
         logits = None
         num_tokens, rows = list(metadata.num_draft_tokens), list[int]()
         start = 0  # of the request's drafts; its rows of logits start `row` further, as each has one more
@@ -362,19 +366,22 @@ class BebopRejectionSampler(RejectionSampler):
                     if step == count:
                         num_tokens[row] += 1
                         rows.append(first_row + count)  # gives a token that is not used
-                if draft.logits is not None and draft.threshold is not None:
+                if draft.logits is not None:
+                    assert draft.threshold is not None and draft.logsumexp is not None
                     if logits is None:
                         logits = draft.logits.new_zeros(len(drafts), width, vocab_size)
                     known = min(width, len(draft.logits))
                     logits[row, :known] = draft.logits[:known]
                     threshold[row, :known] = draft.threshold[:known]
+                    logsumexp[row, :known] = draft.logsumexp[:known]
             start += count
         return Drafts(
             num_tokens=torch.tensor(num_tokens, device=device),
             rows=torch.tensor(rows, device=device),
             token_ids=token_ids,
             logits=logits,
-            threshold=threshold,
+            threshold=None if logits is None else threshold,
+            logsumexp=None if logits is None else logsumexp,
             one_hot=torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device),
         )
 

@@ -1,0 +1,29 @@
+"""What model runner V1 answers with the fused kernels, for a test to read: `python -m tests.support.v1_probe`.
+
+Without a GPU they run in Triton's interpreter, hence a process of its own. Prints one JSON line.
+"""
+
+import json
+from typing import Any
+
+from tests.support.engines import BEBOP, engine, replace_what_the_interpreter_cannot_run, runner
+from tests.support.v2_probe import OPTIONS, answers
+from vllm_bebop.kernels.backend import Backend
+
+
+def answered(backend: Backend | None = None) -> dict[str, Any]:
+    """The answers of an engine that drafts and samples with this backend, or with the one that bebop chose."""
+    with engine(BEBOP, **OPTIONS) as llm:
+        inside = runner(llm)
+        for place in (inside.drafter, inside.sampler, inside.rejection_sampler):
+            place.backend = backend or place.backend
+        return {"backend": inside.rejection_sampler.backend.name} | json.loads(json.dumps(answers(llm)))
+
+
+def main() -> None:
+    replace_what_the_interpreter_cannot_run()
+    print("RESULT", json.dumps(answered()))
+
+
+if __name__ == "__main__":
+    main()
