@@ -33,7 +33,8 @@ NOTES = [
     "gb_s: the bytes of the logits, each read once, over the median. share_of_copy: gb_s over copy_gb_s, what copying"
     " 1 GiB inside the GPU reads and writes, measured by the same process.",
     "bebop: logits already in the draft cache, one launch verifies; with early exit it reads less than all logits, and"
-    " its share may pass 1. 'bebop, as in vLLM': the sampler copies the logits to the cache; two launches verify.",
+    " its share may pass 1. 'bebop, as in vLLM': all that the engine launches; drafting copies the logits to the cache,"
+    " two launches verify what one has gathered, another keeps the totals.",
     "Every implementation verifies the same drafts; accepted_per_request says that it was fed as it should be.",
 ]
 

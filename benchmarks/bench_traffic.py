@@ -102,8 +102,8 @@ def traffic() -> None:
 
     batch, num_drafts, vocab_size = TRAFFIC_POINT
     case = make_case(TRAFFIC_POINT, "cpu")
-    ours, accepted = bytes_of(bebop_step(case, copies_logits=False, single_launch=False))
-    with_copy, _ = bytes_of(bebop_step(case, copies_logits=True, single_launch=False))
+    ours, accepted = bytes_of(bebop_step(case, as_in_vllm=False, single_launch=False))
+    with_copy, _ = bytes_of(bebop_step(case, as_in_vllm=True, single_launch=False))
     peer, peer_accepted = bytes_of(vllm_v2(case.select(torch.arange(PEER_BATCH))))
     peer = peer * batch // PEER_BATCH
     floor = TRAFFIC_POINT.floor_bytes("draft") + TRAFFIC_POINT.floor_bytes("verify")

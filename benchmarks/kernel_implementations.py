@@ -6,7 +6,7 @@ the drafts that the case holds. What cannot be built here raises, and is left ou
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,16 +34,22 @@ class LeftOut(Exception):
 
 def bebop(case: Case) -> Implementation:
     """The logits already are in the draft cache, where the GEMM can write them; one launch verifies."""
-    return bebop_step(case, copies_logits=False, single_launch=True)
+    return bebop_step(case, as_in_vllm=False, single_launch=True)
 
 
 def bebop_in_vllm(case: Case) -> Implementation:
-    """The sampler copies the logits into the cache, as V2's does; two launches verify."""
-    return bebop_step(case, copies_logits=True, single_launch=False)
+    """All that engine/runner_v2.py launches: the sampler copies the logits into the cache, as V2's does; drafts are
+    gathered from the batch's rows, two launches verify, and the totals are kept."""
+    return bebop_step(case, as_in_vllm=True, single_launch=False)
 
 
-def bebop_step(case: Case, *, copies_logits: bool, single_launch: bool) -> Implementation:
+def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implementation:
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
+    from vllm_bebop.kernels.gathering import DrawnDrafts
+    from vllm_bebop.kernels.gathering_kernel import gather_drafts
+    from vllm_bebop.kernels.reference import Verification
+    from vllm_bebop.kernels.tally import new_totals
+    from vllm_bebop.kernels.tally_kernel import tally
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     (batch, num_drafts, vocab_size), device = case.point, case.seeds.device
@@ -51,13 +57,18 @@ def bebop_step(case: Case, *, copies_logits: bool, single_launch: bool) -> Imple
         "cache_logsumexp": torch.zeros(batch, num_drafts, device=device),
         "cache_argmax": torch.zeros(batch, num_drafts, dtype=torch.int64, device=device),
     }
-    if copies_logits:
+    if as_in_vllm:
         caches["cache"] = torch.empty_like(case.draft_logits)
+        caches["cache_token_ids"] = torch.empty_like(case.draft_tokens)
+        caches["cache_positions"] = torch.empty_like(case.draft_tokens)
     steps = [torch.tensor(i, device=device) for i in range(num_drafts)]
     sampling = [SamplingWorkspace(batch, vocab_size, device) for _ in steps]
     verifying = VerificationWorkspace(batch, num_drafts, vocab_size, device, with_draft_statistics=False)
     num_draft_tokens = torch.full((batch,), num_drafts, device=device)
-    first_rows = torch.arange(batch, device=device) * (num_drafts + 1)
+    row_offsets = torch.arange(batch + 1, device=device) * (num_drafts + 1)
+    slots, totals = torch.arange(batch, device=device), new_totals(num_drafts, device)
+    tokens_of_rows = torch.nn.functional.pad(case.draft_tokens, (1, 0)).flatten()
+    positions_of_rows = case.positions.T.flatten() - 1  # of the tokens fed
 
     def draft() -> list[Tensor]:
         return [
@@ -66,6 +77,7 @@ def bebop_step(case: Case, *, copies_logits: bool, single_launch: bool) -> Imple
                 case.temperature,
                 case.seeds,
                 case.positions[i],
+                slots=slots,
                 step=step,
                 workspace=sampling[i],
                 **caches,
@@ -73,23 +85,37 @@ def bebop_step(case: Case, *, copies_logits: bool, single_launch: bool) -> Imple
             for i, step in enumerate(steps)
         ]
 
-    def verification() -> Any:
+    def verify_drafts(token_ids: Tensor, counts: Tensor, positions: Tensor) -> Verification:
         return verify(
             case.target_logits,
-            case.draft_tokens,
+            token_ids,
             case.draft_logits,
-            num_draft_tokens,
+            counts,
             case.temperature,
             case.seeds,
-            case.positions[0],
-            first_rows=first_rows,
+            positions,
+            slots=slots,
+            first_rows=row_offsets[:-1],
             draft_logsumexp=caches["cache_logsumexp"],
             draft_argmax=caches["cache_argmax"],
             single_launch=single_launch,
             workspace=verifying,
         )
 
+    def verification() -> Verification:
+        if not as_in_vllm:
+            return verify_drafts(case.draft_tokens, num_draft_tokens, case.positions[0])
+        gathered = gather_drafts(tokens_of_rows, positions_of_rows, row_offsets, slots, num_drafts, drawn=drawn)
+        verified = verify_drafts(gathered.token_ids, gathered.num_drafts, gathered.positions)
+        verified = replace(verified, num_accepted=torch.minimum(verified.num_accepted, gathered.num_scheduled))
+        tally(verified, totals)
+        return verified
+
     draft()  # fills the caches
+    drawn = None
+    if as_in_vllm:
+        has_grammar = torch.zeros(batch, dtype=torch.bool, device=device)
+        drawn = DrawnDrafts(caches["cache_token_ids"], caches["cache_positions"], has_grammar)
     return Implementation(draft, verification, lambda out: out.num_accepted)
 
 
