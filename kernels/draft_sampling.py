@@ -12,8 +12,6 @@ neighbours. Finding the last tile takes one atomic ticket per tile; nothing spin
 With filters a second launch draws the rows that have one again, from what their threshold leaves: see `filtering`.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
@@ -25,13 +23,6 @@ from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import TILE, partition, requests_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
-
-
-@dataclass(frozen=True)
-class FusedDraftSample(DraftSample):
-    """`DraftSample` in fp32, and the token that greedy drafting would have proposed."""
-
-    argmax_ids: Tensor  # [B] int64, argmax q, the lowest id on ties (Eq. 1)
 
 
 class SamplingWorkspace:
@@ -52,8 +43,8 @@ class SamplingWorkspace:
         )
         self.is_empty = torch.empty(max_batch, dtype=torch.bool, device=device)
 
-    def outputs(self, batch: int) -> FusedDraftSample:
-        return FusedDraftSample(
+    def outputs(self, batch: int) -> DraftSample:
+        return DraftSample(
             token_ids=self.token_ids[:batch],
             logsumexp=self.logsumexp[:batch],
             log_prob=self.log_prob[:batch],
@@ -84,7 +75,7 @@ def sample(
     cache_positions: Tensor | None = None,
     step: Tensor | None = None,
     workspace: SamplingWorkspace | None = None,
-) -> FusedDraftSample:
+) -> DraftSample:
     """Draws one token per row from softmax(logits / temperature), in one pass (arXiv:2606.12370, G).
 
     Args:
@@ -111,7 +102,7 @@ def sample(
         step: scalar integer tensor on the device, required with any cache.
         workspace: scratch and outputs to reuse; without it they are allocated.
     Returns:
-        FusedDraftSample.
+        DraftSample, in fp32.
     Raises:
         ValueError: a shape, dtype or device is wrong; the message names the argument.
     Memory: see SamplingWorkspace.

@@ -85,7 +85,11 @@ def gather_drafts(
     return GatheredDrafts(token_ids, num_drafts, num_scheduled, positions)
 
 
-@triton.jit(do_not_specialize=["num_slots", "batch"])
+# vLLM may hand over a part of a batch, whose rows begin anywhere: not to be compiled for each alignment.
+@triton.jit(
+    do_not_specialize=["num_slots", "batch"],
+    do_not_specialize_on_alignment=["input_ids_ptr", "cut_input_ids_ptr", "input_positions_ptr", "slots_ptr"],
+)
 def gather_kernel(
     input_ids_ptr,
     cut_input_ids_ptr,

@@ -49,6 +49,7 @@ class DraftSample:
     threshold: Tensor  # [B], the lowest logit that the filters keep; -inf where they keep all
     num_nan: Tensor  # [B] int64, NaN logits, which were read as -inf
     is_empty: Tensor  # [B] bool, no logit above -inf: token 0 with log_prob -inf
+    argmax_ids: Tensor  # [B] int64, argmax q, the lowest id on ties: what greedy drafting would have drawn (Eq. 1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def sample_reference(
         threshold=threshold,
         num_nan=num_nan,
         is_empty=rows.logsumexp == NEG_INF,
+        argmax_ids=scores.argmax(dim=1),
     )
 
 

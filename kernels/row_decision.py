@@ -88,7 +88,8 @@ def decide_row(
     entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp_p, is_greedy)
     logsumexp_q = tl.zeros_like(logsumexp_p)
     if draft_logsumexp_ptr is not None:
-        logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=has_draft, other=NEG_INF)
+        is_kept = has_draft & ~is_point_mass
+        logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=is_kept, other=NEG_INF)
     elif draft_row is not None:
         of_blocks = load_statistics(draft_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
         logsumexp_q = merge_logsumexp(of_blocks, is_greedy)

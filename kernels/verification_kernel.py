@@ -13,7 +13,10 @@ NO_REJECTION = tl.constexpr(2**30)
 SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did not read
 
 
-@triton.jit(do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"])
+@triton.jit(
+    do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"],
+    do_not_specialize_on_alignment=["slots_ptr"],  # vLLM may hand over a part of a batch
+)
 def verify_kernel(
     target_ptr,
     target_stride,

@@ -40,7 +40,7 @@ def runs_kernels(test):
 
 
 def plants_faults(test):
-    """Marks a test that patches device functions, which only works uncompiled."""
+    """Marks a test that patches device functions or the interpreter, which only works uncompiled."""
     test.__test__ = INTERPRETED
     return test
 
@@ -184,7 +184,7 @@ def assert_equals_reference(values: dict[str, Tensor], **options) -> None:
     assert_no_less_accurate(ours.entropy_nats, eager.entropy_nats, exact.entropy_nats)
     assert torch.equal(ours.num_nan, eager.num_nan) and torch.equal(ours.is_empty, eager.is_empty)
     visible = values["logits"].masked_fill(values["logits"].isnan(), -INF)
-    assert torch.equal(ours.argmax_ids, visible.argmax(dim=1))
+    assert torch.equal(ours.argmax_ids, visible.argmax(dim=1)) and torch.equal(eager.argmax_ids, ours.argmax_ids)
 
 
 @runs_kernels

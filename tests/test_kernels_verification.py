@@ -452,6 +452,33 @@ def test_verify_past_the_cache_is_one_hot() -> None:
     assert (out.num_accepted[12:] > 0).any() and (out.num_accepted[:12] > 0).any()
 
 
+@plants_faults
+@pytest.mark.parametrize("block", [False, True])
+def test_verify_reads_no_row_past_the_cache(block: bool, monkeypatch) -> None:
+    """By the addresses that are loaded: what is read there would change nothing, but need not be readable."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    values = with_draft_statistics(case(32, 3, 100))
+    values["draft_threshold"] = torch.full_like(values["draft_logsumexp"], -INF)
+    beyond = []
+    for name in ("draft_logits", "draft_logsumexp", "draft_argmax", "draft_threshold"):
+        whole = values[name]
+        values[name] = whole[:12]
+        beyond.append((whole[12].data_ptr(), whole.data_ptr() + whole.nbytes))
+    load, num_loads = InterpreterBuilder.create_masked_load, 0
+
+    def watched_load(builder, pointers, mask, *others):
+        nonlocal num_loads
+        addresses = pointers.data[mask.data]
+        num_loads += addresses.size
+        assert not any(((addresses >= start) & (addresses < end)).any() for start, end in beyond)
+        return load(builder, pointers, mask, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
+    verify(**values, slots=torch.arange(32, device=DEVICE), block=block)
+    assert num_loads > 0
+
+
 @runs_kernels
 @in_every_form
 @pytest.mark.parametrize("counts", [[99, -5, 2, 2], [-5, 99, 2, 2]])

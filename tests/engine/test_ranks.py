@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
-from vllm_bebop.config import BebopConfig
+from vllm_bebop.config import BebopConfig, BebopConfigError
 from vllm_bebop.engine import runner_v1, runner_v2
 from vllm_bebop.engine.seeding import seed_source
 
@@ -29,6 +29,7 @@ class _SamplingStates:
 
     vocab_size = 8
     bebop = SimpleNamespace(cache=None)
+    bebop_returns_mask = False
 
     def __init__(self):
         values = {"temperature": 1.0, "top_k": 8, "top_p": 1.0, "min_p": 0.0}
@@ -53,6 +54,30 @@ def test_add_request_draws_another_seed_on_every_replica(seed, num_distinct):
         seeds.add(int(states.seeds.np[1]))
     assert len(seeds) == num_distinct and seeds != {5}
     assert seed is None or seeds == {seed}
+
+
+@pytest.mark.parametrize(("returns_mask", "top_k"), [(False, 3), (True, 8), (True, 3)])
+def test_add_request_leaves_filters_to_vllm_where_it_returns_what_they_keep(returns_mask, top_k):
+    states = type("Replaced", (_SamplingStates,), {"bebop_returns_mask": returns_mask})()
+    states.bebop_seeds = seed_source(_runner(0))
+    states.top_k.np[1] = top_k
+    is_left = runner_v2._add_request(states, {"req_idx": 1, "sampling_params": SamplingParams(seed=1)})
+    assert is_left == (returns_mask and top_k == 3)
+
+
+class _IdleReplicaDrafts:
+    """A speculator of vLLM before 0.32, whose steps without requests draft for the first slots."""
+
+    def _copy_request_inputs(self, num_reqs, idx_mapping, temperature, seeds):
+        raise AssertionError
+
+
+def test_replicas_that_draft_while_idle_are_refused():
+    runner = SimpleNamespace(
+        speculator=_IdleReplicaDrafts(), parallel_config=SimpleNamespace(data_parallel_size=2), drafter=None
+    )
+    with pytest.raises(BebopConfigError, match="data-parallel replica idles: use vLLM 0.32"):
+        runner_v2.upgrade_drafting(runner, BebopConfig())
 
 
 @pytest.mark.parametrize("upgrade", [runner_v1.upgrade_drafting, runner_v1.upgrade_sampling])

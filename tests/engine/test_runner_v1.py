@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.engines import ROOT
+from tests.support.totals import assert_totals
 from tests.support.v1_probe import answered
 from vllm_bebop.bench.conditions import on_cpu
 from vllm_bebop.kernels.backend import plain
@@ -28,4 +31,9 @@ def test_answers_of_the_kernels_are_those_of_the_reference():
     kernels, reference = json.loads(lines[-1].removeprefix("RESULT ")), answered(plain())
     assert kernels.pop("backend").startswith("Triton kernels")
     assert reference.pop("backend") == plain().name
+    totals = kernels.pop("totals"), reference.pop("totals")
+    for each in totals:
+        assert_totals(each, kernels["accepted"])
+    for name in ("tokens", "entropy_nats", "drafts", "accepted", "target_only"):  # the overlap is only estimated
+        assert totals[0][name] == pytest.approx(totals[1][name], rel=1e-4)
     assert kernels == reference

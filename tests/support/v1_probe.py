@@ -6,7 +6,13 @@ Without a GPU they run in Triton's interpreter, hence a process of its own. Prin
 import json
 from typing import Any
 
-from tests.support.engines import BEBOP, engine, replace_what_the_interpreter_cannot_run, runner
+from tests.support.engines import (
+    BEBOP,
+    accepted_per_position,
+    engine,
+    replace_what_the_interpreter_cannot_run,
+    runner,
+)
 from tests.support.v2_probe import OPTIONS, answers
 from vllm_bebop.kernels.backend import Backend
 
@@ -17,7 +23,9 @@ def answered(backend: Backend | None = None) -> dict[str, Any]:
         inside = runner(llm)
         for place in (inside.drafter, inside.sampler, inside.rejection_sampler):
             place.backend = backend or place.backend
-        return {"backend": inside.rejection_sampler.backend.name} | json.loads(json.dumps(answers(llm)))
+        result = {"backend": inside.rejection_sampler.backend.name} | json.loads(json.dumps(answers(llm)))
+        accepted = accepted_per_position(llm)[1]
+        return result | {"totals": llm.collective_rpc("bebop_totals")[0], "accepted": accepted}
 
 
 def main() -> None:

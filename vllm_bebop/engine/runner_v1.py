@@ -1,21 +1,21 @@
 """Model runner V1 (`VLLM_USE_V2_MODEL_RUNNER=0`; the CPU build always): drafting, verification and sampling.
 
 V1 hands its proposer and its samplers neither positions nor request ids, and forgets the draft distribution of a
-request that sits out a step. `V1Requests` supplies what is missing, read from the runner; the three classes below are
-vLLM's own with one method or two replaced. On a GPU they run the fused kernels, on what V1 prepares in Python.
+request that sits out a step. `V1Requests` supplies what is missing; the three classes below are vLLM's own with one
+method or two replaced. On a GPU they run the fused kernels, on what V1 prepares in Python.
 
 Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_last_draft_probs}`, `Sampler.sample`,
-`RejectionSampler.forward`, `apply_top_k_top_p`, `GPUModelRunner.{input_batch, requests, positions, query_start_loc}`.
+`RejectionSampler.forward`, `apply_top_k_top_p`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -25,7 +25,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_bebop.config import BebopConfig
-from vllm_bebop.engine.seeding import seed_source
+from vllm_bebop.engine.v1_requests import Q, V1Requests
 from vllm_bebop.kernels import backend
 from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.filters import Filters
@@ -63,98 +63,9 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
     for sampler, ours in ((runner.sampler, BebopSampler), (runner.rejection_sampler, BebopRejectionSampler)):
         sampler.__class__ = ours
         sampler.requests, sampler.backend, sampler.in_blocks = drafter.requests, drafter.backend, drafter.in_blocks
+    runner.rejection_sampler.num_steps = drafter.num_speculative_tokens
     runner.rejection_sampler.totals = new_totals(runner.drafter.num_speculative_tokens, runner.device)
     return runner.rejection_sampler.totals
-
-
-@dataclass
-class Draft:
-    """One request's last proposal: what verification must know of q.
-
-    first_position: absolute position of the first draft token.
-    token_ids: [num_speculative_tokens] int64.
-    logits: [num_speculative_tokens, vocab_size], pre-temperature; None for one-hot drafts.
-    threshold, logsumexp: [num_speculative_tokens], the lowest logit that top-k and top-p left of each row, and the
-        logsumexp of what they left, divided by the temperature.
-    """
-
-    first_position: int
-    token_ids: torch.Tensor
-    logits: torch.Tensor | None = None
-    threshold: torch.Tensor | None = None
-    logsumexp: torch.Tensor | None = None
-
-
-class V1Requests:
-    """Per-request facts for one engine: noise seed, absolute positions, the last draft."""
-
-    def __init__(self, runner: Any):
-        self._runner = runner
-        self._seed_source = seed_source(runner)
-        self._drafts: dict[str, Draft] = {}
-
-    def ids(self, batch_size: int) -> list[str]:
-        """Request ids by batch row; none in vLLM's dummy runs at start-up, whose results nobody reads."""
-        ids = list(self._runner.input_batch.req_ids)
-        if ids and len(ids) != batch_size:
-            raise RuntimeError(f"bebop: {batch_size} rows to sample for {len(ids)} requests")
-        return ids
-
-    def seeds(self, batch_size: int) -> torch.Tensor:
-        """[batch_size] int64: the request's own seed, or one drawn for it when it was first seen.
-
-        Generators are taken out of the batch: our noise needs none, and on a CPU vLLM fails when it rewinds one after
-        a chunk of a prompt ("CPU Generator does not use offset").
-        """
-        seeds = [0] * batch_size
-        for row, request_id in enumerate(self.ids(batch_size)):
-            state = self._runner.requests[request_id]
-            generator = self._runner.input_batch.generators.pop(row, None)
-            if not hasattr(state, "bebop_seed"):
-                drawn = int(self._seed_source.integers(2**63))
-                state.bebop_seed = drawn if generator is None else generator.initial_seed()
-            seeds[row] = state.bebop_seed
-        return torch.tensor(seeds, dtype=torch.int64, device=self._runner.device)
-
-    def positions(self, row_indices: torch.Tensor | None, batch_size: int) -> torch.Tensor:
-        """[batch_size] int64: absolute position of the token to be decided, one past each row's input token.
-
-        row_indices: [batch_size] rows of the flattened input; None for the last row of every request.
-        """
-        if row_indices is None:
-            row_indices = self._runner.query_start_loc.gpu[1 : batch_size + 1].long() - 1
-        return self._runner.positions[row_indices].long() + 1
-
-    def remember(
-        self,
-        request_ids: list[str],
-        first_positions: torch.Tensor,
-        token_ids: torch.Tensor,
-        q: Sequence[torch.Tensor],
-    ) -> None:
-        """Keep the proposals just made, [batch, num_speculative_tokens, ...] as in `Draft`; q is empty if one-hot."""
-        alive = self._runner.requests
-        self._drafts = {id_: draft for id_, draft in self._drafts.items() if id_ in alive}
-        for row, (id_, first_position) in enumerate(zip(request_ids, first_positions.tolist(), strict=False)):
-            self._drafts[id_] = Draft(first_position, token_ids[row].long(), *(each[row] for each in q))
-
-    def take(self, batch_size: int) -> list[Draft | None]:
-        """The drafts of this batch, each handed out once: what a step verified must not be matched to later drafts."""
-        return [self._drafts.pop(id_, None) for id_ in self.ids(batch_size)] or [None] * batch_size
-
-    def was_dropped(self, row: int, draft: Draft | None, step: int, first_position: int) -> bool:
-        """Whether the scheduler dropped the draft of this step though it was drawn for it, under a grammar.
-
-        It drops a draft that the grammar forbids, and all after it; and drafts for which it has no room. Were only the
-        allowed ones verified, the law of structured outputs would be off by what q has outside the grammar. So the
-        first that was dropped is verified too, whatever it is; of a forbidden one p has nothing.
-
-        first_position: of the tokens being decided; other drafts are of a prompt's chunk, or from before preemption.
-        """
-        if draft is None or draft.logits is None or step >= len(draft.token_ids):
-            return False
-        params = self._runner.requests[self._runner.input_batch.req_ids[row]].sampling_params
-        return params.structured_outputs is not None and draft.first_position == first_position
 
 
 class BebopProposer(EagleProposer):
@@ -172,15 +83,17 @@ class BebopProposer(EagleProposer):
         if last_rows is None:
             last_rows = metadata.query_start_loc[1:] - 1
         positions = kwargs["target_positions"]
-        positions = positions[0] if positions.ndim == 2 else positions  # M-RoPE: text positions agree on all axes
         # Slot t is fed x_{t+1} and h_t, and drafts x_{t+2}.
-        first_positions = positions[last_rows.long()].long() + 2
+        if positions.ndim == 2:  # M-RoPE: text positions agree on all axes
+            first_positions = positions[0, last_rows.long()].long() + 2 - self.requests.mrope_deltas(batch_size)
+        else:
+            first_positions = positions[last_rows.long()].long() + 2
         self._next_positions = first_positions
         self._rounds = first_positions if self.in_blocks else None
         self._seeds = self.requests.seeds(batch_size)
-        self._rows: list[tuple[torch.Tensor, ...]] = []
+        self._rows: list[Q] = []
         draft_token_ids = super().propose(*args, **kwargs)
-        q = [torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True)]
+        q = Q(*(torch.stack(rows, dim=1) for rows in zip(*self._rows, strict=True))) if self._rows else None
         self.requests.remember(self.requests.ids(batch_size), first_positions, draft_token_ids, q)
         self._rows = []
         return draft_token_ids
@@ -201,7 +114,7 @@ class BebopProposer(EagleProposer):
             # As the target is filtered (upstream's drafts are not): what it cannot say would only be rejected.
             filters=Filters(sampling_metadata.top_k, sampling_metadata.top_p),
         )
-        self._rows.append((logits, sample.threshold, sample.logsumexp))
+        self._rows.append(Q(logits, sample.threshold, sample.logsumexp, sample.argmax_ids))
         self._next_positions = self._next_positions + 1
         return sample.token_ids, None
 
@@ -229,23 +142,22 @@ class BebopSampler(Sampler):
             streams=_TARGET_STREAMS,
         )
         drafts = self.requests.take(batch_size)
-        for row, (draft, first_position) in enumerate(zip(drafts, positions.tolist(), strict=True)):
-            if not self.requests.was_dropped(row, draft, 0, first_position):
-                continue
-            assert draft is not None and draft.logits is not None
-            assert draft.threshold is not None and draft.logsumexp is not None
+        dropped = self.requests.were_dropped(drafts, positions)
+        for row in [] if dropped is None else dropped.nonzero().flatten().tolist():
+            draft = drafts[row]
+            assert draft is not None and draft.q is not None
             one = torch.tensor([row], device=logits.device)
             sample.token_ids[row] = self.backend.verify(
                 logits[[row, row]],  # the second gives a token that is not used
                 draft.token_ids[None, :1],
-                draft.logits[None, :1],
+                draft.q.logits[None, :1],
                 torch.ones_like(one),
                 temperature[one],
                 seeds[one],
                 positions[one],
                 slots=torch.zeros_like(one),
-                draft_threshold=draft.threshold[None, :1],
-                draft_logsumexp=draft.logsumexp[None, :1],
+                draft_threshold=draft.q.threshold[None, :1],
+                draft_logsumexp=draft.q.logsumexp[None, :1],
                 target_is_processed=True,
                 block=self.in_blocks,
             ).token_ids[0, 0]
@@ -263,11 +175,8 @@ class Drafts(NamedTuple):
     """The drafts of a batch, for verification."""
 
     num_tokens: torch.Tensor  # [B], with those that the scheduler dropped
-    rows: torch.Tensor  # [sum(num_tokens + 1)], the rows of the target's logits
-    token_ids: torch.Tensor  # [B, max_drafts]; -1: rejected
-    logits: torch.Tensor | None  # [B, max_drafts, vocab_size]; None: every draft is one-hot, and so below
-    threshold: torch.Tensor | None  # [B, max_drafts]
-    logsumexp: torch.Tensor | None  # [B, max_drafts]
+    token_ids: torch.Tensor  # [B, num_speculative_tokens] int64; -1: rejected
+    q: Q | None  # [B, num_speculative_tokens]; None: every draft is one-hot
     one_hot: torch.Tensor  # [B] bool
 
 
@@ -277,6 +186,7 @@ class BebopRejectionSampler(RejectionSampler):
     requests: V1Requests
     backend: Backend
     in_blocks: bool
+    num_steps: int
     totals: torch.Tensor
 
     def forward(
@@ -293,21 +203,25 @@ class BebopRejectionSampler(RejectionSampler):
         first_rows = metadata.cu_num_sampled_tokens.long() - num_draft_tokens - 1
         positions = self.requests.positions(metadata.logits_indices[first_rows], batch_size)
         processed = self._process(metadata, logits, sampling_metadata)
-        drafts = self._drafts(metadata, positions, logits)
+        drafts = self._drafts(metadata, num_draft_tokens, positions)
+        q = {}
+        if drafts.q is not None:
+            _, threshold, logsumexp, argmax_ids = drafts.q
+            q = {"draft_threshold": threshold, "draft_logsumexp": logsumexp, "draft_argmax": argmax_ids}
         verification = self.backend.verify(
-            processed[drafts.rows],
+            processed,
             drafts.token_ids,
-            drafts.logits,
+            None if drafts.q is None else drafts.q.logits,
             drafts.num_tokens,
             _temperature(sampling_metadata, batch_size, logits.device),
             self.requests.seeds(batch_size),
             positions,
             slots=torch.arange(batch_size, device=logits.device),
+            first_rows=first_rows,
             one_hot=drafts.one_hot,
-            draft_threshold=drafts.threshold,
-            draft_logsumexp=drafts.logsumexp,
             target_is_processed=True,
             block=self.in_blocks,
+            **q,
         )
         num_accepted = torch.minimum(verification.num_accepted, num_draft_tokens)
         tally_reference(replace(verification, num_accepted=num_accepted), self.totals)
@@ -342,48 +256,38 @@ class BebopRejectionSampler(RejectionSampler):
         return _apply_policy(processed, sampling_metadata, rows_per_request)
 
     def _drafts(
-        self, metadata: SpecDecodeMetadata, first_positions: torch.Tensor, target_logits: torch.Tensor
+        self, metadata: SpecDecodeMetadata, num_scheduled: torch.Tensor, first_positions: torch.Tensor
     ) -> Drafts:
-        device, vocab_size = target_logits.device, target_logits.shape[-1]
-        drafts = self.requests.take(len(metadata.num_draft_tokens))
-        width = metadata.max_spec_len + 1  # one more, should it have been dropped
-        token_ids = torch.full((len(drafts), width), -1, dtype=torch.int64, device=device)
-        threshold = torch.full(token_ids.shape, float("-inf"), device=device)
-        logsumexp = torch.zeros(token_ids.shape, device=device)
-        logits = None
-        num_tokens, rows = list(metadata.num_draft_tokens), list[int]()
-        start = 0  # of the request's drafts; its rows of logits start `row` further, as each has one more
-        positions = first_positions.tolist()
-        for row, (draft, count) in enumerate(zip(drafts, metadata.num_draft_tokens, strict=True)):
-            first_row = start + row
-            rows += range(first_row, first_row + count + 1)
-            if draft is not None:
-                scheduled = metadata.draft_token_ids[start : start + count]
-                token_ids[row, :count] = scheduled
-                step = int((scheduled >= 0).long().cumprod(0).sum())  # with asynchronous scheduling, -1 is dropped
-                if self.requests.was_dropped(row, draft, step, positions[row]):
-                    token_ids[row, step] = draft.token_ids[step]
-                    if step == count:
-                        num_tokens[row] += 1
-                        rows.append(first_row + count)  # gives a token that is not used
-                if draft.logits is not None:
-                    assert draft.threshold is not None and draft.logsumexp is not None
-                    if logits is None:
-                        logits = draft.logits.new_zeros(len(drafts), width, vocab_size)
-                    known = min(width, len(draft.logits))
-                    logits[row, :known] = draft.logits[:known]
-                    threshold[row, :known] = draft.threshold[:known]
-                    logsumexp[row, :known] = draft.logsumexp[:known]
-            start += count
-        return Drafts(
-            num_tokens=torch.tensor(num_tokens, device=device),
-            rows=torch.tensor(rows, device=device),
-            token_ids=token_ids,
-            logits=logits,
-            threshold=None if logits is None else threshold,
-            logsumexp=None if logits is None else logsumexp,
-            one_hot=torch.tensor([draft is not None and draft.logits is None for draft in drafts], device=device),
-        )
+        drafts = self.requests.take(len(num_scheduled))
+
+        def flags(values: list[bool]) -> torch.Tensor:
+            return torch.tensor(values, device=num_scheduled.device)
+
+        # With asynchronous scheduling, -1 is a draft that was dropped; so are all that nothing is known of.
+        steps = torch.arange(self.num_steps, device=num_scheduled.device)
+        scheduled = F.pad(metadata.draft_token_ids.long(), (0, self.num_steps), value=-1)
+        first = metadata.cu_num_draft_tokens.long() - num_scheduled
+        is_scheduled = (steps < num_scheduled[:, None]) & flags([draft is not None for draft in drafts])[:, None]
+        token_ids = scheduled[first[:, None] + steps].where(is_scheduled, -1)
+
+        num_tokens = num_scheduled
+        dropped = self.requests.were_dropped(drafts, first_positions)
+        if dropped is not None:
+            step = (token_ids >= 0).long().cumprod(1).sum(1)
+            nothing = torch.full_like(steps, -1)
+            drawn = torch.stack([nothing if draft is None else draft.token_ids for draft in drafts])
+            is_put_back = (steps == step[:, None]) & dropped[:, None]
+            token_ids = drawn.where(is_put_back, token_ids)
+            num_tokens = num_scheduled + (dropped & (step == num_scheduled) & (step < self.num_steps))
+
+        known = [draft.q for draft in drafts if draft is not None and draft.q is not None]
+        q = None
+        if known:
+            unknown = Q(*(torch.zeros_like(each) for each in known[0]))
+            rows = [unknown if draft is None or draft.q is None else draft.q for draft in drafts]
+            q = Q(*(torch.stack(each) for each in zip(*rows, strict=True)))
+        one_hot = flags([draft is not None and draft.q is None for draft in drafts])
+        return Drafts(num_tokens, token_ids, q, one_hot)
 
 
 def _apply_policy(

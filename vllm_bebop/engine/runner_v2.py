@@ -39,7 +39,7 @@ from vllm_bebop.config import BebopConfig, BebopConfigError
 from vllm_bebop.engine import draft_cache
 from vllm_bebop.engine.draft_cache import DraftCache
 from vllm_bebop.engine.seeding import seed_source
-from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS, slots_are_int32
+from vllm_bebop.engine.versions import DRAFT_POSITION_ARGUMENTS, dummy_batches_spare_drafts, slots_are_int32
 from vllm_bebop.kernels import backend
 from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.candidates import Candidates
@@ -100,6 +100,11 @@ def upgrade_drafting(runner: Any, config: BebopConfig) -> None:
         runner.drafter = speculator  # V1's name, by which RL stacks find the head that they push weights to
     if speculator is None or config.acceptance == "target_only":  # argmax drafts without a cache are upstream's own
         return
+    if runner.parallel_config.data_parallel_size > 1 and not dummy_batches_spare_drafts(speculator):
+        raise BebopConfigError(
+            "on this vLLM, model runner V2 writes over the drafts of waiting requests while a data-parallel replica "
+            "idles: use vLLM 0.32 or later, or model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)"
+        )
     _subclass(speculator, sample_draft=_sample_draft)
     (num_requests, num_steps, vocab_size), dtype = speculator.draft_logits.shape, speculator.draft_logits.dtype
     device = speculator.draft_logits.device
@@ -147,6 +152,7 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
     tools = Tools(chosen, workspace, policies, cache, None, in_blocks, num_steps, totals)
     states.bebop = sampler.bebop = rejection_sampler.bebop = tools
     states.bebop_seeds, states.bebop_is_new = seed_source(runner), False
+    states.bebop_returns_mask = getattr(sampler, "return_sampling_mask", False)  # of top-k and top-p, since 0.29
     _compile_ahead(runner)
     return totals
 
@@ -157,8 +163,9 @@ def _compile_ahead(runner: Any) -> None:
     num_rows = runner.rejection_sampler.num_speculative_steps + 1
     rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
     slots = rows.int() if slots_are_int32() else rows
+    padded, dtype = -(-runner.vocab_size // 64) * 64, runner.model_config.head_dtype  # as vLLM's lm_head gives them
     given: Arguments = {
-        "logits": torch.zeros(num_rows, runner.vocab_size, dtype=runner.model_config.head_dtype, device=device),
+        "logits": torch.zeros(num_rows, padded, dtype=dtype, device=device)[:, : runner.vocab_size],
         "idx_mapping": slots[:1],
         "idx_mapping_np": np.zeros(1, dtype=np.int64),
         "expanded_idx_mapping": slots,
@@ -334,7 +341,8 @@ def _add_request(states: Any, given: Arguments) -> bool:
         states.bebop.cache.start(slot, given["sampling_params"].structured_outputs is not None)
     alone = np.array([slot])
     wants_logprobs = states.max_num_logprobs(alone) >= 0
-    is_left = states.min_p.np[slot] != 0.0 or (wants_logprobs and _any_is_filtered(states, alone))
+    wants_processed = wants_logprobs or states.bebop_returns_mask
+    is_left = states.min_p.np[slot] != 0.0 or (wants_processed and _any_is_filtered(states, alone))
     return bool(states.temperature.np[slot] != 0.0 and is_left)
 
 

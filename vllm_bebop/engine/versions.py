@@ -113,7 +113,7 @@ _RUNNER_V2 = (
     ),
     Seam(
         "vllm.v1.worker.gpu.sample.sampler:Sampler.sample",
-        ("logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "return_logprobs"),
+        ("logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "input_ids", "return_logprobs"),
         "engine/runner_v2.py",
     ),
     Seam(
@@ -143,6 +143,12 @@ def slots_are_int32() -> bool:
     """Whether model runner V2 counts request slots in int32 (until 0.31) or in int64."""
     major, minor, *_ = installed_vllm().split(".")
     return (int(major), int(minor)) < (0, 32)
+
+
+def dummy_batches_spare_drafts(speculator: Any) -> bool:
+    """Whether model runner V2 keeps the steps of an idle data-parallel replica away from request slots (since 0.32)."""
+    copy_inputs = getattr(speculator, "_copy_request_inputs", None)
+    return copy_inputs is not None and "dummy_run" in inspect.signature(copy_inputs).parameters
 
 
 def installed_vllm() -> str:
