@@ -8,11 +8,13 @@ demo: setup
 
 # On a GPU one process: vLLM takes most of its memory.
 TEST_PROCESSES = $(if $(shell nvidia-smi 2>/dev/null),1,2)
+# Each has its share of the cores: with more threads than cores, those of so small models mostly wait for each other.
+TEST_THREADS = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + $(TEST_PROCESSES) - 1 \) / $(TEST_PROCESSES))
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=$(TEST_THREADS) .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup
@@ -22,7 +24,7 @@ bench: setup
 	.venv/bin/python benchmarks/bench_acceptance.py
 
 # On a GPU: the kernels are right, then how fast they are. Needs no vLLM; PYTHON may name another environment, and
-# STEPS some of scripts/bench_gpu.sh's: `make bench-gpu PYTHON=python3 STEPS="install check"`.
+# STEPS some of scripts/bench_gpu.sh's: `make bench-gpu PYTHON=python3 STEPS="check kernels"`.
 PYTHON ?= .venv/bin/python
 bench-gpu:
 	@PYTHON=$(PYTHON) scripts/bench_gpu.sh $(STEPS)

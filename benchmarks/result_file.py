@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_bebop.bench.conditions import commit, device_name, write_json
+import torch
+
+from vllm_bebop.bench.conditions import command_line, commit, device_name, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +37,11 @@ def conditions(packages: Iterable[str], sources: Iterable[Path]) -> Entry:
         digest.update(path.read_bytes())
     return {
         "device": device_name(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": str(torch.version.cuda),
+            **{package: version(package) for package in packages},
+        },
         "code_sha256": digest.hexdigest()[:16],
         "commit": commit(),
     }
@@ -67,7 +73,8 @@ class ResultFile:
     def add(self, entry: Entry, **summary: Any) -> None:
         """Stores the entry and replaces the summary, in one atomic write."""
         self.entries.append(entry)
-        write_json(self.path, {"conditions": self.conditions, **summary, "entries": self.entries})
+        content = {"command": command_line(), "conditions": self.conditions, **summary, "entries": self.entries}
+        write_json(self.path, content)
 
 
 def _decisive(conditions: Entry) -> Entry:

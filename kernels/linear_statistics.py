@@ -31,8 +31,8 @@ from vllm_bebop.kernels.vocab_shard import VocabShard
 STATISTICS = ("overlap", "kl", "reverse_kl", "log_q", "log_p")
 
 # Logits of one chunk. Plain torch holds about eight fp32 copies of it, Triton the draft's and the target's as they are.
-TORCH_CHUNK = 2**24
-TRITON_CHUNK = 2**27
+TORCH_CHUNK, TORCH_CHUNK_ON_GPU = 2**24, 2**26
+TRITON_CHUNK, TRITON_ROWS = 2**28, 1024  # as many rows at most: few enough, and whole tiles of a GEMM
 FILTERED_ROWS = 64  # sorted at a time
 
 
@@ -134,8 +134,7 @@ class _Comparison:
         gradients = draft_hidden.new_empty(len(differentiable), *draft_hidden.shape)
         fused = returned == ("overlap",) and can_fuse(self.lm_head)
         compare = self._compare_fused if fused else self._compare
-        # By the largest slice: all ranks have to make the same calls.
-        chunk = min(num_rows, max(1, (TRITON_CHUNK if fused else TORCH_CHUNK) // max(self.shard.sizes)))
+        chunk = self._rows_of_a_chunk(num_rows, fused)
         buffer = self.lm_head.new_empty(chunk, self.shard.size)
         for start in range(0, num_rows, chunk):
             rows = slice(start, start + chunk)
@@ -148,6 +147,16 @@ class _Comparison:
                 dict(zip(differentiable, gradients[:, :, rows], strict=True)),
             )
         return values, self.shard.sum(gradients)
+
+    def _rows_of_a_chunk(self, num_rows: int, fused: bool) -> int:
+        """Chunks of about one size, by the largest slice of the vocabulary: all ranks have to make the same calls."""
+        size = max(self.shard.sizes)
+        if fused:
+            most = min(TRITON_ROWS, TRITON_CHUNK // size)
+        else:
+            most = (TORCH_CHUNK_ON_GPU if self.lm_head.is_cuda else TORCH_CHUNK) // size
+        num_chunks = max(1, -(-num_rows // max(1, most)))
+        return max(1, -(-num_rows // num_chunks))
 
     def _compare(
         self,

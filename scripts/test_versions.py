@@ -14,6 +14,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PROCESSES = 2
 VERSIONS = ("0.27.1", "0.29.0", "0.31.0", "0.33.0")
 # No CPU build exists of these: the ordinary wheel's Python code runs on the compiled operators of .venv's CPU build.
 WITHOUT_CPU_BUILD = {"0.33.0": ["vllm==0.33.0", "orjson"]}
@@ -52,8 +53,9 @@ def main() -> None:
         python = prepare(version)
         print(f"=== vLLM {version}", flush=True)
         environ = os.environ | {"VLLM_BEBOP_CANDIDATE": ".".join(version.split(".")[:2])}
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
         if subprocess.run(
-            [python, "-m", "pytest", "-q", "-n2", "--dist=loadfile", arguments.tests], cwd=ROOT, env=environ
+            [python, "-m", "pytest", "-q", f"-n{PROCESSES}", "--dist=loadfile", arguments.tests], cwd=ROOT, env=environ
         ).returncode:
             failed.append(version)
     print(f"failed on {', '.join(failed)}" if failed else f"passed on {', '.join(arguments.versions)}")

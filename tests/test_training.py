@@ -393,3 +393,12 @@ def test_joint_head_loss_reaches_the_head_alone(model, uninterrupted):
     optimizer.step()
     assert torch.equal(head.project.weight, weight - 0.5 * head.project.weight.grad)
     assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))
+
+
+def test_joint_head_loss_refuses_a_model_in_fp16(model, uninterrupted):
+    target = load_target(model, torch.device("cpu"))
+    head = load_head(uninterrupted[1], target, dtype=torch.float32)
+    head.lm_head = head.lm_head.half()
+    token_ids = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="fp16, in which the loss's gradients underflow"):
+        joint_head_loss(head, torch.zeros(1, 8, 8), token_ids, token_ids, token_ids.bool())

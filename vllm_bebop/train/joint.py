@@ -46,8 +46,10 @@ def joint_head_loss(
         pre_norm_hidden_states: what the head is fed if its family is fed the hidden state before the final norm.
         policy: how rollouts are sampled; default temperature 1.
     Raises:
-        ValueError: the family needs `pre_norm_hidden_states`.
+        ValueError: the family needs `pre_norm_hidden_states`; or the model is in fp16, in which gradients underflow.
     """
+    if head.lm_head.dtype is torch.float16:
+        raise ValueError("the lm_head is in fp16, in which the loss's gradients underflow: load it in bf16 or fp32")
     fed = hidden_states
     if head.family.hidden_in == "pre_norm":
         if pre_norm_hidden_states is None:

@@ -232,6 +232,8 @@ class Trainer:
         head, optimizer = get_state_dict(self.rollout, self.optimizer, options=_WHOLE_ON_CPU)
         if self.processes.is_first:
             checkpoint.save(self.run, update, {"head": head, "optimizer": optimizer})
+        if self.processes.mesh is not None:
+            dist.barrier()  # with the long timeout; a mesh's groups have NCCL's own, and a slow disk takes longer
 
     def _resume(self) -> int:
         """Load the newest checkpoint, which the first process reads; returns how many updates it has seen, or 0."""

@@ -126,8 +126,17 @@ class Processes:
     def shard(self, module: nn.Module) -> None:
         """Spread a module's weights over all processes, on their devices (FSDP2); alone, do nothing."""
         if self.mesh is not None:
-            # Each is a root of its own, and FSDP keeps a root's weights gathered unless told not to.
+            # FSDP keeps a root's weights gathered unless told not to.
             fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True)
+
+    def shard_root(self, module: nn.Module) -> None:
+        """Join what was spread of `module`: its parts then share streams, and the memory they are gathered in.
+
+        Parts that are roots of their own cannot be gathered ahead. What was not spread stays whole.
+        """
+        if self.mesh is not None:
+            whole = {parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)}
+            fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True, ignored_params=whole)
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the processes that hold different rows."""

@@ -112,6 +112,7 @@ def _load(model: Path, start: Path | None, processes: Processes) -> tuple[PreTra
         processes.hand_out(layer)
         processes.shard(layer)
     processes.hand_out(target)
+    processes.shard_root(target.base_model)
     head.embed_tokens = target.get_input_embeddings().get_parameter("weight").detach()
     head.lm_head = target.get_output_embeddings().get_parameter("weight").detach()
     return target, head
