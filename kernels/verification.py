@@ -282,7 +282,8 @@ def verify(
         )
 
     # What a bitmask, or a tile of p and one of q, keep per thread must fit registers: then 512 threads share it, 64 of
-    # which are a warp of a data-centre AMD GPU.
+    # which are a warp of a data-centre AMD GPU. Where somebody in the batch has a bitmask or a filter, other numbers of
+    # threads therefore sum up a row, and may round otherwise: the law is the same, a token may, very rarely, differ.
     wide = 8 if torch.version.hip else 16
     num_warps = 8 if bitmask is None else wide
     is_block = block and max_drafts > 0  # without drafts there is no difference

@@ -41,7 +41,8 @@ class VocabShard:
             return local
         largest = local.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return largest + self.sum((local - largest).exp()).log()
+        finite = largest.where(largest > float("-inf"), 0)  # -inf - (-inf) would be NaN
+        return finite + self.sum((local - finite).exp()).log()
 
     def gather(self, logits: Tensor) -> Tensor:
         """Whole rows [rows, sum(sizes)] from this rank's slices [rows, size]."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_bebop.kernels import linear_statistics
 from vllm_bebop.kernels.loss_reference import head_loss_reference
+from vllm_bebop.kernels.vocab_shard import VocabShard
 from vllm_bebop.train.losses import LOSSES, HeadLoss, SamplingPolicy, head_loss
 
 INF = float("inf")
@@ -368,6 +369,13 @@ def test_head_loss_refuses_what_it_cannot_compute() -> None:
 
 
 # --- A vocabulary split over ranks ----------------------------------------------------------------------------------
+
+
+def test_logsumexp_of_a_row_that_is_empty_on_every_rank(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)  # as of one rank
+    shard = VocabShard(start=0, sizes=(3,), size=3, group=object())
+    assert shard.logsumexp(torch.tensor([1.5, -torch.inf])).tolist() == [1.5, -torch.inf]
+
 
 SLICES = (0, 33, VOCAB)  # of uneven size
 
