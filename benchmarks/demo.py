@@ -65,13 +65,15 @@ def make_servers(draft: str | None) -> dict[str, Server]:
         "bebop": {"method": "bebop", **drafting},
     }
     shared_gpu = () if on_cpu() else ("--gpu-memory-utilization", "0.2")
+    # Three engines on a CPU's few cores: more threads would only wait for each other.
+    shared_cpu = {"OMP_NUM_THREADS": "1"} if on_cpu() else {}
     return {
         name: Server(
             MODEL,
             speculative_config,
             name=LABELS[name],
             arguments=shared_gpu,
-            environment=MEND_CPU if name == "stock_greedy" else None,
+            environment=shared_cpu | (MEND_CPU if name == "stock_greedy" else {}),
         )
         for name, speculative_config in speculative_configs.items()
     }
