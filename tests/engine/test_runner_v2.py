@@ -1,15 +1,12 @@
 """Model runner V2, the one GPUs use: the tokens of V1 by the same seeds, the law of the target, stock greedy text."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
 
 from tests.support import target
-from tests.support.engines import BEBOP, ROOT, TINY_MODEL, engine, token_ids
+from tests.support.engines import BEBOP, TINY_MODEL, engine, probe, token_ids
 from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
 from tests.support.totals import assert_totals
 from tests.support.v2_probe import (
@@ -22,25 +19,11 @@ from tests.support.v2_probe import (
     answers,
     scored,
 )
-from vllm_bebop.bench.conditions import on_cpu
 
 
 @pytest.fixture(scope="module")
 def v2():
-    environ = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-    if on_cpu():
-        environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.v2_probe"],
-        cwd=ROOT,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    return probe("tests.support.v2_probe", use_v2=True)
 
 
 @pytest.fixture(scope="module")

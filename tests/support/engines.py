@@ -1,7 +1,10 @@
 """Real vLLM engines for tests: in this process, small enough for two cores."""
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -107,6 +110,19 @@ def _engine(speculative_config: dict[str, Any] | None, options: dict[str, Any]) 
 def runner(llm: Any) -> Any:
     """The model runner inside an `engine`."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def probe(module: str, use_v2: bool) -> dict[str, Any]:
+    """What `python -m module` prints behind RESULT: fused kernels in an engine, interpreted without a GPU."""
+    environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}
+    if on_cpu():
+        environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=580
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def token_ids(outputs: list[Any]) -> list[tuple[int, ...]]:
