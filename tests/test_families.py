@@ -1,6 +1,7 @@
 """Names, shapes and numerics of every head family, against released checkpoints and against vLLM itself."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -164,13 +165,31 @@ def test_differing_sizes_looks_into_the_text_config():
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
-def test_vllm_loads_exactly_our_names_and_shapes():
-    """vLLM's own head of every family takes the tensors, leaves no parameter unwritten, and holds the same elements."""
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_vllm_loads_exactly_our_names_and_shapes(tmp_path, num_ranks):
+    """vLLM's own head of every family takes the tensors, leaves no parameter unwritten, and holds the same elements.
+
+    So do two tensor-parallel ranks together; an element changed on the last one is noticed.
+    """
     families = list(CONFIGS)
     command = [sys.executable, "-m", "tests.support.vllm_heads", *families]
-    run = subprocess.run(command, cwd=ROOT, env=environment_for_every_family(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == {family: [[], True] for family in families}
+    world = {"WORLD_SIZE": str(num_ranks), "RENDEZVOUS": str(tmp_path / "rendezvous")}
+    world["VLLM_DIST_IDENT"] = f"bebop_{os.getpid()}"  # else set by vLLM's executor
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment_for_every_family() | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / f"{rank}.txt").open("w"),
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    for rank, process in enumerate(ranks):
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, (tmp_path / f"{rank}.txt").read_text()[-3000:]
+        assert json.loads(printed.splitlines()[-1]) == {family: [[], True, False] for family in families}
 
 
 def _expected(model_type, **changes):

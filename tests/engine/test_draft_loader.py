@@ -1,17 +1,18 @@
 """What the draft loader demands of a head after loading, on models small enough to be written down."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support.engines import TINY_MODEL
-from vllm_bebop.draft import DraftError
-from vllm_bebop.engine import draft_loader
+from vllm_bebop.draft import DraftError, element_checksum
+from vllm_bebop.engine import draft_loader, draft_shards
 from vllm_bebop.engine.draft_loader import BebopDraftLoader, DefaultModelLoader
 
-GROUPS = ("get_tp_group", "get_pp_group", "get_dp_group", "get_pcp_group")
+GROUPS = ("get_pp_group", "get_dp_group", "get_pcp_group")
 
 
 @pytest.fixture
@@ -19,9 +20,10 @@ def world(monkeypatch):
     """Set the sizes of the parallel groups; 1 unless given."""
 
     def set_sizes(**sizes):
-        for name in GROUPS:
-            group = SimpleNamespace(world_size=sizes.get(name, 1))
-            monkeypatch.setattr(draft_loader, name, lambda group=group: group)
+        for name in (*GROUPS, "get_tp_group"):
+            group = SimpleNamespace(world_size=sizes.get(name, 1), rank_in_group=0, cpu_group=None)
+            for module in (draft_loader, draft_shards):
+                monkeypatch.setattr(module, name, lambda group=group: group, raising=module is draft_loader)
 
     set_sizes()
     return set_sizes
@@ -64,11 +66,33 @@ def test_half_of_the_experts_is_too_little_on_one_rank(monkeypatch, world):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_half_of_the_experts_is_a_ranks_share(monkeypatch, world, group):
-    """vLLM spreads experts over data-parallel ranks too, with a tensor-parallel size of 1."""
+    """vLLM spreads experts over data-parallel ranks too, with a tensor-parallel size of 1: nothing to compare."""
     world(**{group: 2})
     _load(monkeypatch, {"experts": torch.empty(4)}, {"experts": torch.randn(8)})
     with pytest.raises(DraftError, match="not .fully. loaded: experts"):
         _load(monkeypatch, {"experts": torch.empty(4)}, {})
+
+
+@pytest.mark.parametrize(
+    ("other_half", "complaint"),
+    [
+        (slice(4, 8), None),
+        (slice(0, 4), "holds 8 elements that differ from the 8"),
+        (slice(4, 7), "holds 7 elements that differ from the 8"),
+        (slice(0, 8), None),  # 12 together, as with redundant copies of experts: a warning
+    ],
+)
+def test_tensor_parallel_ranks_hold_the_file_together(monkeypatch, world, caplog, other_half, complaint):
+    world(get_tp_group=2)
+    whole = torch.randn(8)
+
+    def gather(of_ranks, own, group):
+        of_ranks[:] = own, element_checksum(whole[other_half], torch.float32)
+
+    monkeypatch.setattr(draft_shards.dist, "all_gather_object", gather)
+    with nullcontext() if complaint is None else pytest.raises(DraftError, match=complaint):
+        _load(monkeypatch, {"experts.w13_weight": torch.empty(4)}, {"experts.w13_weight": whole})
+    assert ("the ranks hold 12" in caplog.text) == (other_half == slice(0, 8))
 
 
 def test_embedding_must_be_loaded_with_pipeline_parallelism(monkeypatch, world):

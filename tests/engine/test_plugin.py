@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from tests.support.engines import BEBOP, ROOT, TINY_MODEL, engine, runner, token_ids
 
 # Prints, as JSON, seeded output of stock configs and where each symbol that bebop would touch was defined.
@@ -113,29 +115,41 @@ if __name__ == "__main__":
     assert "RESULT [(True, 'Worker')] 16" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_options_reach_ray_actors():
-    """vLLM's Ray executor refuses the CPU; this sends the config and the worker's name to an actor, as it does."""
+def test_options_reach_ray_workers():
+    """The Ray executor. vLLM has none on a CPU, where this lends it two GPUs that Ray only counts."""
+    num_ranks = 1 if torch.cuda.device_count() == 1 else 2
+    script = f"""
+import os
+from tests.support.engines import SHARED_GPU
+from vllm_bebop.bench.conditions import on_cpu
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+def lend_gpus():
+    from vllm.platforms.cpu import CpuPlatform
+    CpuPlatform.ray_device_key = "GPU"
+
+def describe(wrapper):
+    return wrapper.worker.model_runner.drafter.one_hot, type(wrapper.worker).__qualname__
+
+def main():
     import ray
-    from vllm.engine.arg_utils import EngineArgs
+    lent = {{}}
+    if on_cpu():
+        lend_gpus()
+        lent = {{"num_gpus": 2, "runtime_env": {{"worker_process_setup_hook": lend_gpus}}}}
+    ray.init(num_cpus=2, include_dashboard=False, **lent)
+    from vllm import LLM
+    llm = LLM({str(TINY_MODEL)!r}, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4,
+              distributed_executor_backend="ray", tensor_parallel_size={num_ranks},
+              speculative_config={BEBOP | {"acceptance": "target_only"}}, **SHARED_GPU)
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    num_tokens = len(llm.generate("x")[0].outputs[0].token_ids)
+    print("RESULT", executor.uses_ray, set(llm.collective_rpc(describe)), num_tokens)
 
-    stock = EngineArgs(str(TINY_MODEL)).create_engine_config()
-    platform_worker = stock.parallel_config.worker_cls.rpartition(".")[-1]
-    speculative_config = BEBOP | {"acceptance": "target_only"}
-    config = EngineArgs(str(TINY_MODEL), speculative_config=speculative_config).create_engine_config()
-
-    @ray.remote
-    def describe(vllm_config):
-        from vllm.plugins import load_general_plugins
-        from vllm.utils.import_utils import resolve_obj_by_qualname
-
-        from vllm_bebop.config import BebopConfig
-
-        load_general_plugins()
-        worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
-        return BebopConfig.from_vllm(vllm_config).acceptance, [base.__name__ for base in worker.__mro__[:2]]
-
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        assert ray.get(describe.remote(config), timeout=120) == ("target_only", ["Worker", platform_worker])
-    finally:
-        ray.shutdown()
+if __name__ == "__main__":
+    main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert "RESULT True {(True, 'Worker')} 16" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

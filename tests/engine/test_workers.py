@@ -1,6 +1,7 @@
 """A framework's own worker and worker extension are composed with; tensor parallelism works."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def test_framework_worker_and_extension_compose():
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none: two ranks share a CPU")
 def test_tensor_parallel_ranks_agree():
-    """Every rank samples for itself, so they must draw the same noise, seeded or not."""
+    """Every rank samples for itself, so they must draw the same noise, seeded or not. Their head is the file's."""
     script = f"""
 import json, os
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -46,9 +47,12 @@ def main():
 if __name__ == "__main__":
     main()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    environ = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=500)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and results, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (done.stdout + done.stderr).count("equals the file's") == 2, "the ranks' checksum was not compared"
     parallel = [tuple(ids) for ids in json.loads(results[0].removeprefix("RESULT "))]
 
     from vllm import SamplingParams

@@ -5,7 +5,8 @@ the draft is loaded through a load format of its own, a public extension point o
 NaN first, vLLM's own loader runs, and then
 
 * no NaN may be left: each element was written (checks fused and stacked parameters without knowing their layout);
-* on one rank, a checksum over all elements that does not depend on their order equals that of the file's tensors.
+* a checksum over all elements that does not depend on their order equals that of the file's tensors, summed over
+  tensor-parallel ranks (not with pipeline, data or context parallelism, which share out a head in other ways).
 
 A quantised head is loaded without either: its scales may be repeated, absent or vLLM's own. Only a file that holds an
 unquantised one is refused, unless vLLM quantises as it loads.
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_bebop.draft import DraftError, add_checksums, element_checksum
+from vllm_bebop.engine.draft_shards import checksum_over_ranks
 from vllm_bebop.families import recognise
 
 logger = logging.getLogger("vllm.bebop")
@@ -72,7 +74,7 @@ class BebopDraftLoader(DefaultModelLoader):
                 f"draft {model_config.model}: these parameters were not (fully) loaded: {', '.join(unwritten)}. The "
                 "head is incomplete or holds NaN; `bebop doctor --model MODEL --draft DRAFT` names the tensors"
             )
-        self._compare(parameters, model_config)
+        self._compare(model, parameters, model_config)
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """As upstream, noting the checksum of the head's tensors as they pass, and whether any is quantised."""
@@ -87,20 +89,27 @@ class BebopDraftLoader(DefaultModelLoader):
                     self._file_is_quantised = True
             yield name, tensor
 
-    def _compare(self, parameters: dict[str, torch.nn.Parameter], model_config: Any) -> None:
-        count = sum(parameter.numel() for parameter in parameters.values())
-        if not _is_the_only_rank():
+    def _compare(self, model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], model_config: Any) -> None:
+        """Raise DraftError where the head of all ranks is not the file's."""
+        if not _only_tensor_parallel():
+            count = sum(parameter.numel() for parameter in parameters.values())
             logger.info("bebop: draft head loaded, %d elements on this rank, none left unwritten", count)
             return
-        held = (0, 0, 0)
-        for parameter in parameters.values():
-            held = add_checksums(held, element_checksum(parameter.data, model_config.dtype))
+        held = checksum_over_ranks(model, parameters, model_config.dtype)
+        if held[0] > self._file_checksum[0] and get_tp_group().world_size > 1:  # e.g. redundant copies of busy experts
+            logger.warning(
+                "bebop: draft head loaded, every element written; the file's checksum was not compared: the ranks hold "
+                "%d elements, the file %d",
+                held[0],
+                self._file_checksum[0],
+            )
+            return
         if held != self._file_checksum:
             raise DraftError(
                 f"draft {model_config.model}: the engine holds {held[0]} elements that differ from the "
                 f"{self._file_checksum[0]} in the file: the checkpoint's layout is not the one vLLM expects"
             )
-        logger.info("bebop: draft head loaded, %d elements, checksum %016x equals the file's", count, held[-1])
+        logger.info("bebop: draft head loaded, %d elements, checksum %016x equals the file's", held[0], held[-1])
 
 
 def _head_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -112,6 +121,6 @@ def _head_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _is_the_only_rank() -> bool:
-    """Else it may hold a part: experts are shared out over tensor, data and context parallel ranks alike."""
-    return all(group().world_size == 1 for group in (get_tp_group, get_pp_group, get_dp_group, get_pcp_group))
+def _only_tensor_parallel() -> bool:
+    """Else experts are shared out over other ranks too."""
+    return all(group().world_size == 1 for group in (get_pp_group, get_dp_group, get_pcp_group))
