@@ -7,6 +7,7 @@ A greedy row (T < 1e-5) is the limit T -> 0 of that: L_j is the sub-block's larg
 In shapes, R is requests per program, NB sub-blocks per row (padded to a power of two).
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -17,6 +18,7 @@ NUM_STATISTICS = 4  # planes of the statistics: logsumexp, entropy, number of Na
 NEG_INF = tl.constexpr(float("-inf"))
 MAX_SCORE = tl.constexpr(reference.MAX_SCORE)
 GREEDY_TEMPERATURE = tl.constexpr(reference.GREEDY_TEMPERATURE)
+ON_AMD = tl.constexpr(torch.version.hip is not None)
 
 
 @triton.jit
@@ -119,6 +121,9 @@ def take_ticket(ticket, num_arrivals, amount):
     The last one sees what the others stored: the barrier orders the stores of all threads before the ticket of one, and
     the ticket releases and acquires on the device. The last one leaves 0 for the next launch.
     """
+    if ON_AMD:  # where a barrier waits for no stores to global memory: each wave first waits for its own
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"  # an operand goes in and out because one has to
+        tl.inline_asm_elementwise(wait, "=v,v,~{memory}", [amount], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     total = tl.atomic_add(ticket, amount, sem="acq_rel", scope="gpu") + amount
     is_last = (total & 0xFFFF) == num_arrivals

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -189,3 +190,26 @@ def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, ta
             assert "atom.global.gpu.acq_rel.add.u32" in ptx
     assert "ld.volatile" not in ptx, "what other programs write: the threads of one would branch on different values"
     assert not re.search(r"ld\.global\.nc", ptx), "a load through the read-only cache could miss other programs' stores"
+
+
+COMPILED_ON_AMD = """
+import torch
+torch.version.hip = "compiled for, not run on"
+from tests import test_kernels_compile as compiles
+for name in "sample", "single launch":
+    print(compiles.KERNELS[name]("gfx942").asm["amdgcn"])
+"""
+
+
+@pytest.mark.skipif(is_interpreted, reason="TRITON_INTERPRET is set, so that nothing is compiled")
+def test_waves_wait_for_their_stores_before_a_ticket_on_amd(tmp_path) -> None:
+    """On AMD, a barrier orders no stores to global memory, and the ticket's release only those of its own wave."""
+    environ = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}  # whose keys do not know for whom a kernel is compiled
+    command = [sys.executable, "-c", COMPILED_ON_AMD]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps = re.findall(r"ASMSTART\n\s*s_waitcnt vmcnt\(0\)|global_store|s_barrier|global_atomic_add", done.stdout)
+    tickets = [i for i, step in enumerate(steps) if step == "global_atomic_add"]
+    assert len(tickets) == 3  # one to draw; one of a row, one of a request
+    for ticket in tickets:
+        assert [step.split()[0] for step in steps[ticket - 2 : ticket]] == ["ASMSTART", "s_barrier"]
