@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.requests import INF, NAN, assert_bitwise_equal, mixed_batch, requests, select, select_output
 from tests.support.statistics import assert_fault_is_caught, assert_laws, g_test, independence_test
-from tests.test_reference import INF, NAN, assert_bitwise_equal, mixed_batch, requests, select, select_output
 from vllm_bebop.kernels import block_reference, philox, reference
 from vllm_bebop.kernels.block_reference import accept_block, verify_block_reference
 from vllm_bebop.kernels.philox import Stream

@@ -1,6 +1,6 @@
 """Fused block verification equals its reference token for token, and its output follows p.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see test_kernels_sampling.
+Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
 """
 
 import pytest
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support.statistics import assert_fault_is_caught, assert_laws
-from tests.test_kernels_sampling import (
+from tests.support.kernels import (
     DEVICE,
     INF,
     RUNS_HERE,
@@ -20,11 +19,12 @@ from tests.test_kernels_sampling import (
     repeats_on_a_gpu,
     run_in_the_interpreter,
     runs_kernels,
-    sample,
     smallest_margin,
 )
-from tests.test_kernels_sampling import arguments as draft_rows
-from tests.test_kernels_verification import (
+from tests.support.sampling import arguments as draft_rows
+from tests.support.sampling import sample
+from tests.support.statistics import assert_fault_is_caught, assert_laws
+from tests.support.verification import (
     assert_edge_case,
     case,
     choose_filters,
@@ -35,8 +35,8 @@ from tests.test_kernels_verification import (
     with_draft_statistics,
     with_ties,
 )
-from tests.test_kernels_verification import laws as laws_by_any_rule
-from tests.test_kernels_verification import verify as verify_by_any_rule
+from tests.support.verification import laws as laws_by_any_rule
+from tests.support.verification import verify as verify_by_any_rule
 from vllm_bebop.kernels import block_reference
 from vllm_bebop.kernels.block_reference import verify_block_reference
 from vllm_bebop.kernels.reference import Verification, sample_reference

@@ -1,21 +1,21 @@
 """Drafts restricted to the largest few logits of each stretch: the kernel, and verification of such drafts.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see test_kernels_sampling.
+Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.statistics import assert_law
-from tests.test_kernels_sampling import (
+from tests.support.kernels import (
     DEVICE,
     RUNS_HERE,
     assert_equal_from_both_forms,
     run_in_the_interpreter,
     runs_kernels,
 )
-from tests.test_kernels_verification import case, verify
+from tests.support.statistics import assert_law
+from tests.support.verification import case, verify
 from vllm_bebop.kernels import fallback
 from vllm_bebop.kernels.draft_sampling import sample
 from vllm_bebop.kernels.filters import Filters

@@ -1,7 +1,7 @@
 """The fused losses err no more than eager code of the same dtype, forward and backward; and compile for our GPUs.
 
 Runs on the GPU where there is one, elsewhere in Triton's interpreter in a process of its own, see
-`test_kernels_sampling`. The tests at the end only compile, as those of `test_kernels_compile`.
+tests/support/kernels.py. The tests at the end only compile, as those of `test_kernels_compile`.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tests.test_kernels_sampling import DEVICE, INTERPRETED, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from tests.support.kernels import DEVICE, INTERPRETED, RUNS_HERE, run_in_the_interpreter, runs_kernels
 from vllm_bebop.kernels import linear_statistics
 from vllm_bebop.kernels.loss_reference import statistics_reference, tv_loss_reference
 

@@ -1,12 +1,12 @@
 """Running totals over verifications: by hand, and the kernel against its reference.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see test_kernels_sampling.
+Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
 """
 
 import pytest
 import torch
 
-from tests.test_kernels_sampling import DEVICE, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from tests.support.kernels import DEVICE, RUNS_HERE, run_in_the_interpreter, runs_kernels
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.tally import new_totals, read_totals, tally_reference
 

@@ -168,6 +168,7 @@ def test_load_newest_passes_over_a_damaged_checkpoint(tmp_path, capsys):
     assert checkpoint.load_newest(tmp_path).update == 1
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none: two processes share a CPU")
 def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(

@@ -9,7 +9,6 @@ each just before the package it concerns is first imported:
   is there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
 """
 
-import contextlib
 import importlib.abc
 import os
 import sys
@@ -19,10 +18,10 @@ from types import SimpleNamespace
 def declare_torchvision_operators() -> None:
     import torch
 
+    if torch.version.cuda is not None:
+        return
     for operator in ("nms", "qnms"):
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        with contextlib.suppress(RuntimeError):  # a torchvision built for this PyTorch has declared it
-            torch.library.define(f"torchvision::{operator}", schema)
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def run_triton_on_the_cpu() -> None:
