@@ -185,8 +185,10 @@ def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> di
 
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    keys = ("model_sha256", "num_steps", "updates", "rates", "tokens_per_update", "held_out_documents_per_domain")
-    return all(before["conditions"].get(key) == now["conditions"].get(key) for key in keys)
+    """Whether both measure the same, be it elsewhere."""
+    elsewhere = ("device", "versions", "code_sha256")
+    wanted = {name: value for name, value in now["conditions"].items() if name not in elsewhere}
+    return all(before["conditions"].get(name) == value for name, value in wanted.items())
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Looks for races on a GPU: the same step, over and over in CUDA graphs, must give the same bits every time.
 
-The sampler and both forms of the verifier are compared with their own first results, all numbers bit for bit, and those
-of the two forms with each other, token for token. Requests are mixed: none to three drafts, greedy and sampled, some
-one-hot, so that tiles exit early.
+The sampler and every form of the verifier are compared with their own first results, all numbers bit for bit, and those
+of one and two launches with each other, token for token. Requests are mixed: none to three drafts, greedy and sampled,
+some one-hot, so that tiles exit early.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ TWO_LAUNCHES, SINGLE_LAUNCH = "verify, two launches", "verify, single launch"
 def mixed_step(vocab_size: int, device: str) -> dict[str, Callable[[], Any]]:
     """The launches to repeat, each returning its result."""
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
+    from vllm_bebop.kernels.filters import Filters
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     generator = torch.Generator(device).manual_seed(0)
@@ -61,13 +62,17 @@ def mixed_step(vocab_size: int, device: str) -> dict[str, Callable[[], Any]]:
         "workspace": verifying,
     }
 
-    def verification(single_launch: bool) -> Any:
-        return verify(*arguments, temperature, requests, positions, single_launch=single_launch, **options)
+    filters = Filters(top_k=requests.int() % 3 * 20, top_p=1 - 0.05 * (requests % 4).float())  # 0 and 1: none
+
+    def verification(**form: Any) -> Any:
+        return verify(*arguments, temperature, requests, positions, **options, **form)
 
     return {
         "draft": lambda: sample(draft[:, 0], temperature, requests, positions, workspace=sampling),
-        TWO_LAUNCHES: lambda: verification(False),
-        SINGLE_LAUNCH: lambda: verification(True),
+        TWO_LAUNCHES: verification,
+        SINGLE_LAUNCH: lambda: verification(single_launch=True),
+        "verify, block": lambda: verification(block=True),
+        "verify, filters": lambda: verification(filters=filters),
     }
 
 
