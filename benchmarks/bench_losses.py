@@ -8,7 +8,7 @@
 3. The head is evaluated on the continuations of held-out prompts, as `bebop eval` does: acceptance length as an engine
    counts it, under rejection sampling and under target-only acceptance, by domain.
 
-Writes benchmarks/results/losses.json, losses.md (the table) and losses.png.
+Writes benchmarks/results/losses.json, losses.md (the table) and losses.png, or others by --out.
 """
 
 import argparse
@@ -140,12 +140,14 @@ def _key(loss: str, rate: float, seed: int) -> str:
     return f"{loss} rate={rate:g} seed={seed}"
 
 
-def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> dict[str, Any]:
-    """Every measurement that is not in the results file yet; it is written after each."""
+def run_all(
+    directory: Path, path: Path, losses: list[str], seeds: list[int], updates: int, workers: int
+) -> dict[str, Any]:
+    """Every measurement that is not in the results file at `path` yet; it is written after each."""
     conditions = describe(str(MODEL)) | {"num_steps": NUM_STEPS, "updates": updates, "rates": RATES}
     conditions |= {"tokens_per_update": BATCH_ROWS * CONTEXT, "held_out_documents_per_domain": HELD_OUT}
     results: dict[str, Any] = {"conditions": json.loads(json.dumps(conditions)), "runs": {}}
-    if RESULTS.exists() and _same(before := json.loads(RESULTS.read_text()), results):
+    if path.exists() and _same(before := json.loads(path.read_text()), results):
         results["runs"] = before["runs"]
     runs = results["runs"]
 
@@ -154,7 +156,7 @@ def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> di
         futures = {pool.submit(_measure, *each, updates): each for each in missing}
         for future in tqdm(as_completed(futures), total=len(futures), desc=label, unit="run"):
             runs[_key(*futures[future])] = future.result()
-            write_json(RESULTS, results)
+            write_json(path, results)
 
     def validated(loss: str, rate: float) -> float:
         return runs[_key(loss, rate, seeds[0])]["validation"]["rejection_sampling"]["mean"]
@@ -162,14 +164,14 @@ def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> di
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(directory,)) as pool:
         measure(
-            [(START, 0.0, 0)] + [(loss, rate, seeds[0]) for rate in RATES for loss in LOSSES], "first seed, all rates"
+            [(START, 0.0, 0)] + [(loss, rate, seeds[0]) for rate in RATES for loss in losses], "first seed, all rates"
         )
-        best = {loss: max(RATES, key=lambda rate: validated(loss, rate)) for loss in LOSSES}
-        measure([(loss, best[loss], seed) for seed in seeds[1:] for loss in LOSSES], "other seeds, best rate")
+        best = {loss: max(RATES, key=lambda rate: validated(loss, rate)) for loss in losses}
+        measure([(loss, best[loss], seed) for seed in seeds[1:] for loss in losses], "other seeds, best rate")
 
     def figures(rule: str, domain: str) -> dict[str, list[float]]:
         keys = {START: [_key(START, 0.0, 0)]} | {
-            loss: [_key(loss, best[loss], seed) for seed in seeds] for loss in LOSSES
+            loss: [_key(loss, best[loss], seed) for seed in seeds] for loss in losses
         }
         return {loss: [runs[key]["held_out"][rule][domain] for key in each] for loss, each in keys.items()}
 
@@ -180,7 +182,7 @@ def run_all(directory: Path, seeds: list[int], updates: int, workers: int) -> di
         "target_only": figures("target_only", "mean"),
         "by_domain": {domain: figures("rejection_sampling", domain) for domain in DOMAINS},
     }
-    write_json(RESULTS, results)
+    write_json(path, results)
     return results
 
 
@@ -231,17 +233,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     parser.add_argument("--texts", type=Path, default=ROOT / ".venv" / "losses", help="where generated text is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; table and plot go beside it")
     arguments = parser.parse_args()
     arguments.texts.mkdir(parents=True, exist_ok=True)
     tiny_draft.make_rollouts()
     make_texts(arguments.texts)
-    results = run_all(arguments.texts, arguments.seeds, arguments.updates, arguments.workers)
-    RESULTS.with_suffix(".md").write_text(table(results))
-    plot(results, RESULTS.with_suffix(".png"))
+    out = arguments.out
+    results = run_all(arguments.texts, out, arguments.losses, arguments.seeds, arguments.updates, arguments.workers)
+    out.with_suffix(".md").write_text(table(results))
+    plot(results, out.with_suffix(".png"))
     print(table(results))
 
 

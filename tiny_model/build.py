@@ -30,6 +30,7 @@ from vllm_bebop.train.losses import SamplingPolicy
 from vllm_bebop.train.rollout import rollout
 
 SEED = 0
+NUM_THREADS = 2  # another number sums up in another order, and trains another model
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 HELD_OUT = HERE / "held_out"
@@ -252,6 +253,7 @@ def publish(source: Path, destination: Path) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(NUM_THREADS)
     texts = corpus.load(SEED)
     tokenizer = train_tokenizer(text for documents in texts.train.values() for text in documents)
     streams = token_streams(tokenizer, texts.train)
