@@ -64,7 +64,8 @@ def make_servers(draft: str | None) -> dict[str, Server]:
         "stock_greedy": {"method": "mtp", **drafting},
         "bebop": {"method": "bebop", **drafting},
     }
-    shared_gpu = () if on_cpu() else ("--gpu-memory-utilization", "0.2")
+    # Told how much to take: measured, each would count the others' memory as its own.
+    shared_gpu = () if on_cpu() else ("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30))
     # Three engines on a CPU's few cores: more threads would only wait for each other.
     shared_cpu = {"OMP_NUM_THREADS": "1"} if on_cpu() else {}
     return {
