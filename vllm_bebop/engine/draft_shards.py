@@ -43,7 +43,8 @@ def _own_part(module: torch.nn.Module, name: str, parameter: torch.Tensor, rank:
     if name in _EXPERTS:
         return parameter
     is_cut = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.tp_size > 1
-    if not is_cut or (isinstance(module, RowParallelLinear) and name == "bias"):
+    is_cut &= not (isinstance(module, RowParallelLinear) and name == "bias")
+    if not is_cut:
         return parameter if rank == 0 else parameter[:0]
     if isinstance(module, QKVParallelLinear) and rank % module.num_kv_head_replicas:
         return parameter[: module.num_heads * module.head_size]
