@@ -1,10 +1,15 @@
-"""Which loss makes the better head: all of them on the tiny model, from the same start, with the same budget.
+r"""Which loss makes the better head: all of them on the tiny model, from the same start, with the same budget.
 
     python benchmarks/bench_losses.py                 all of it; what an earlier run has measured is kept
+    ... --updates 320 --losses kl tv e2e_tv --out benchmarks/results/losses_320.json
+    ... --start kl_head --losses kl tv e2e_tv --out benchmarks/results/losses_from_kl.json     after:
+    bebop train --model tiny_model/checkpoint --data .venv/tiny_draft/rollouts.jsonl --loss kl --steps 3 \
+        --learning-rate 1e-3 --batch-rows 4 --context 512 --epochs 3 --out kl_head
 
 1. The tiny model continues prompts, of its training texts to train on and of held-out ones to evaluate on.
-2. Every loss starts from the checkpoint's own head (one step, cross-entropy) and takes the same updates. Seed 0 tries
-   every learning rate of one grid; the best on validation text is taken for all seeds. A seed orders the data.
+2. Every loss starts from the checkpoint's own head (one step, cross-entropy), or --start's, and takes the same updates.
+   Seed 0 tries every learning rate of one grid; the best on validation text is taken for all seeds. A seed orders the
+   data.
 3. The head is evaluated on the continuations of held-out prompts, as `bebop eval` does: acceptance length as an engine
    counts it, under rejection sampling and under target-only acceptance, by domain.
 
@@ -88,7 +93,7 @@ class CachingTrainer(Trainer):
 _worker: dict[str, Any] = {}
 
 
-def _prepare(directory: Path) -> None:
+def _prepare(directory: Path, start: Path) -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     target = load_target(MODEL, torch.device("cpu"))
@@ -100,13 +105,15 @@ def _prepare(directory: Path) -> None:
         }
 
     training = load_documents([tiny_draft.SCRATCH / "rollouts.jsonl"], tokenizer, target.config.vocab_size, NUM_STEPS)
-    _worker.update(target=target, training=training, validation=load("validation"), held_out=load("held_out"))
+    _worker.update(
+        start=start, target=target, training=training, validation=load("validation"), held_out=load("held_out")
+    )
 
 
 def _measure(loss: str, rate: float, seed: int, updates: int) -> dict[str, Any]:
     """Train one head; its acceptance length by purpose, rule and domain."""
     target = _worker["target"]
-    head = load_head(MODEL, target, dtype=torch.float32)
+    head = load_head(_worker["start"], target, dtype=torch.float32)
     if loss != START:
         rows = PackedRows(_worker["training"], CONTEXT, NUM_STEPS, seed)
         settings = Settings(
@@ -141,10 +148,14 @@ def _key(loss: str, rate: float, seed: int) -> str:
 
 
 def run_all(
-    directory: Path, path: Path, losses: list[str], seeds: list[int], updates: int, workers: int
+    directory: Path, path: Path, start: Path, losses: list[str], seeds: list[int], updates: int, workers: int
 ) -> dict[str, Any]:
     """Every measurement that is not in the results file at `path` yet; it is written after each."""
-    conditions = describe(str(MODEL)) | {"num_steps": NUM_STEPS, "updates": updates, "rates": RATES}
+    conditions = describe(str(MODEL), None if start == MODEL else str(start)) | {
+        "num_steps": NUM_STEPS,
+        "updates": updates,
+        "rates": RATES,
+    }
     conditions |= {"tokens_per_update": BATCH_ROWS * CONTEXT, "held_out_documents_per_domain": HELD_OUT}
     results: dict[str, Any] = {"conditions": json.loads(json.dumps(conditions)), "runs": {}}
     if path.exists() and _same(before := json.loads(path.read_text()), results):
@@ -162,7 +173,7 @@ def run_all(
         return runs[_key(loss, rate, seeds[0])]["validation"]["rejection_sampling"]["mean"]
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(directory,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(directory, start)) as pool:
         measure(
             [(START, 0.0, 0)] + [(loss, rate, seeds[0]) for rate in RATES for loss in losses], "first seed, all rates"
         )
@@ -234,6 +245,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--start", type=Path, default=MODEL, help="the draft whose head all start from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
@@ -244,7 +256,10 @@ def main() -> None:
     tiny_draft.make_rollouts()
     make_texts(arguments.texts)
     out = arguments.out
-    results = run_all(arguments.texts, out, arguments.losses, arguments.seeds, arguments.updates, arguments.workers)
+    results = run_all(
+        *(arguments.texts, out, arguments.start),
+        *(arguments.losses, arguments.seeds, arguments.updates, arguments.workers),
+    )
     out.with_suffix(".md").write_text(table(results))
     plot(results, out.with_suffix(".png"))
     print(table(results))
