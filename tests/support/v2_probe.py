@@ -43,10 +43,10 @@ FILTERS = {"top_k": 7, "top_p": 0.8}
 KINDS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "n": {"n": 3},
-    "stop": {"stop": ["e", "1"]},
+    "stop": {"stop": ["e", "u"]},
     "stop_token_ids": {"stop_token_ids": list(range(13, 60))},
-    "min_tokens": {"min_tokens": 6, "stop": ["e"]},
-    "bad_words": {"bad_words": ["name"]},
+    "min_tokens": {"min_tokens": 6, "stop": ["a"]},
+    "bad_words": {"bad_words": ["bad"]},
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": 1.5},
     "repetition_penalty": {"repetition_penalty": 1.5},
