@@ -21,6 +21,7 @@ from tests.support.kernels import (
     runs_kernels,
     smallest_margin,
 )
+from tests.support.requests import select_output
 from tests.support.sampling import arguments as draft_rows
 from tests.support.sampling import sample
 from tests.support.statistics import assert_fault_is_caught, assert_laws
@@ -31,7 +32,6 @@ from tests.support.verification import (
     edge_case,
     poisoned,
     select,
-    select_output,
     with_draft_statistics,
     with_ties,
 )

@@ -20,6 +20,7 @@ from tests.support.kernels import (
     runs_kernels,
     smallest_margin,
 )
+from tests.support.requests import select_output
 from tests.support.verification import (
     assert_edge_case,
     case,
@@ -27,7 +28,6 @@ from tests.support.verification import (
     edge_case,
     poisoned,
     select,
-    select_output,
     verify,
     with_draft_statistics,
     with_filters,

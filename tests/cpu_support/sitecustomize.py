@@ -18,7 +18,7 @@ from types import SimpleNamespace
 def declare_torchvision_operators() -> None:
     import torch
 
-    if torch.version.cuda is not None:
+    if torch.version.cuda is not None:  # torchvision's own operators load there, and would be declared twice
         return
     for operator in ("nms", "qnms"):
         torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.requests import assert_bitwise_equal
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.philox import gumbel
 
@@ -97,14 +98,6 @@ def smallest_margin(run: Callable[[], object]) -> float:
         patch.setattr(reference, "_is_below_ratio", measured_ratio)
         run()
     return min(gaps, default=INF)
-
-
-def assert_bitwise_equal(a, b) -> None:
-    for field in dataclasses.fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        assert x.dtype == y.dtype and x.shape == y.shape, field.name
-        same = (x == y) | (x.isnan() & y.isnan()) if x.is_floating_point() else x == y
-        assert same.all(), field.name
 
 
 def assert_equal_from_both_forms(a, b) -> None:

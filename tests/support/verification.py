@@ -1,7 +1,5 @@
 """Requests to verify, of every kind at once, and the fused verifier on poisoned scratch."""
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,10 +72,6 @@ def select(values: dict, order: list[int]) -> dict:
     if "filters" in values:
         by_row["filters"] = values["filters"].of(torch.tensor(order, device=DEVICE))
     return {name: value[order] if isinstance(value, Tensor) else value for name, value in values.items()} | by_row
-
-
-def select_output(out: Verification, order: list[int]) -> Verification:
-    return Verification(**{field.name: getattr(out, field.name)[order] for field in dataclasses.fields(out)})
 
 
 def poisoned(batch: int, max_drafts: int, vocab_size: int, **options):
@@ -165,9 +159,6 @@ def assert_edge_case(out: Verification, max_drafts: int, step: int) -> None:
     assert out.num_accepted[[0, 1, 6, 7, 8, 9]].tolist() == [step] * 6
     assert out.token_ids[:2, step].tolist() == [0, 0] and out.num_empty_rows.tolist() == [1, 1] + [0] * 14
     assert out.num_nan[2:4].tolist() == [300, 300]
-
-
-# --- Laws -----------------------------------------------------------------------------------------------------------
 
 
 def laws(num_samples: int, first_seed: int, **options: bool) -> dict[str, float]:
