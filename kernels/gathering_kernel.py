@@ -1,4 +1,4 @@
-"""Gathering a step's drafts in one small launch: see `gathering`."""
+"""Gathering a step's drafts in one small launch, a request per program: see `gathering`."""
 
 import torch
 import triton
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from vllm_bebop.kernels.arguments import check_integers, check_tensor
 from vllm_bebop.kernels.gathering import DrawnDrafts, GatheredDrafts
-
-_REQUESTS = 64  # of one program
 
 
 def gather_drafts(
@@ -62,7 +60,7 @@ def gather_drafts(
 
     token_ids, num_drafts, num_scheduled, positions = integers(max_drafts), integers(), integers(), integers()
     if batch > 0:
-        gather_kernel[(triton.cdiv(batch, _REQUESTS),)](
+        gather_kernel[(batch,)](
             input_ids,
             cut_input_ids,
             input_positions,
@@ -76,18 +74,16 @@ def gather_drafts(
             num_drafts,
             num_scheduled,
             positions,
-            batch,
             max_drafts,
-            REQUESTS=_REQUESTS,
             STEPS=triton.next_power_of_2(max(max_drafts, 1)),
-            num_warps=4,
+            num_warps=1,
         )
     return GatheredDrafts(token_ids, num_drafts, num_scheduled, positions)
 
 
 # vLLM may hand over a part of a batch, whose rows begin anywhere: not to be compiled for each alignment.
 @triton.jit(
-    do_not_specialize=["num_slots", "batch"],
+    do_not_specialize=["num_slots"],
     do_not_specialize_on_alignment=["input_ids_ptr", "cut_input_ids_ptr", "input_positions_ptr", "slots_ptr"],
 )
 def gather_kernel(
@@ -104,21 +100,18 @@ def gather_kernel(
     num_drafts_ptr,
     num_scheduled_ptr,
     positions_ptr,
-    batch,
     max_drafts,
-    REQUESTS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    request = tl.program_id(0) * REQUESTS + tl.arange(0, REQUESTS)
-    in_batch = request < batch
-    first_row = tl.load(row_offsets_ptr + request, mask=in_batch, other=0).to(tl.int64)
-    end_row = tl.load(row_offsets_ptr + request + 1, mask=in_batch, other=1).to(tl.int64)
+    request = tl.program_id(0).to(tl.int64)
+    first_row = tl.load(row_offsets_ptr + request).to(tl.int64)
+    end_row = tl.load(row_offsets_ptr + request + 1).to(tl.int64)
     num_scheduled = end_row - first_row - 1
-    position = tl.load(input_positions_ptr + first_row, mask=in_batch, other=0).to(tl.int64) + 1
+    position = tl.load(input_positions_ptr + first_row).to(tl.int64) + 1
 
-    steps = tl.arange(0, STEPS)[None, :]
-    row = first_row[:, None] + 1 + steps
-    is_scheduled = in_batch[:, None] & (steps < num_scheduled[:, None])
+    steps = tl.arange(0, STEPS)
+    row = first_row + 1 + steps
+    is_scheduled = steps < num_scheduled
     token = tl.load(input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
     if cut_input_ids_ptr is not None:
         cut = tl.load(cut_input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
@@ -127,19 +120,17 @@ def gather_kernel(
 
     num_drafts = num_scheduled
     if drawn_ids_ptr is not None:
-        slot = tl.load(slots_ptr + request, mask=in_batch, other=-1).to(tl.int64)
-        is_known = in_batch & (slot >= 0) & (slot < num_slots) & (num_scheduled < max_drafts)
+        slot = tl.load(slots_ptr + request).to(tl.int64)
+        is_known = (slot >= 0) & (slot < num_slots) & (num_scheduled < max_drafts)
         place = slot * max_drafts + num_scheduled
         is_current = tl.load(drawn_positions_ptr + place, mask=is_known, other=-1) == position + num_scheduled
         has_grammar = tl.load(has_grammar_ptr + slot, mask=is_known, other=0) != 0
         is_dropped = is_known & is_current & has_grammar
         dropped = tl.load(drawn_ids_ptr + place, mask=is_dropped, other=-1)
-        is_here = is_dropped[:, None] & (steps == num_scheduled[:, None])
-        token = tl.where(is_here, dropped[:, None], token)
+        token = tl.where(is_dropped & (steps == num_scheduled), dropped, token)
         num_drafts += is_dropped.to(tl.int64)
 
-    is_step = in_batch[:, None] & (steps < max_drafts)
-    tl.store(token_ids_ptr + request[:, None] * max_drafts + steps, token, mask=is_step)
-    tl.store(num_drafts_ptr + request, num_drafts, mask=in_batch)
-    tl.store(num_scheduled_ptr + request, num_scheduled, mask=in_batch)
-    tl.store(positions_ptr + request, position, mask=in_batch)
+    tl.store(token_ids_ptr + request * max_drafts + steps, token, mask=steps < max_drafts)
+    tl.store(num_drafts_ptr + request, num_drafts)
+    tl.store(num_scheduled_ptr + request, num_scheduled)
+    tl.store(positions_ptr + request, position)

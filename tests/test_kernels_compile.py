@@ -96,7 +96,7 @@ def candidates(target: str):
 def gathering(target: str):
     from vllm_bebop.kernels.gathering_kernel import gather_kernel
 
-    return compile_kernel(gather_kernel, target, 4, REQUESTS=64, STEPS=4)
+    return compile_kernel(gather_kernel, target, 1, STEPS=4)
 
 
 def tally(target: str):
