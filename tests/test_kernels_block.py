@@ -15,9 +15,10 @@ from tests.support.kernels import (
     assert_bitwise_equal,
     assert_no_less_accurate,
     count_mismatches,
+    draws_many_samples,
     plants_faults,
     repeats_on_a_gpu,
-    run_in_the_interpreter,
+    run_on_the_cpu,
     runs_kernels,
     smallest_margin,
 )
@@ -45,11 +46,12 @@ from vllm_bebop.selftest import NUM_SAMPLES
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def verify(*arguments, **options) -> Verification:
@@ -262,7 +264,7 @@ def laws(num_samples: int, first_seed: int, **options: bool) -> dict[str, float]
     return laws_by_any_rule(num_samples, first_seed, **options, block=True)
 
 
-@runs_kernels
+@draws_many_samples
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_verify_block_laws(one_hot: bool) -> None:
     assert_laws(lambda n, first: laws(n, first, one_hot=one_hot), NUM_SAMPLES)

@@ -11,7 +11,8 @@ from tests.support.kernels import (
     DEVICE,
     RUNS_HERE,
     assert_equal_from_both_forms,
-    run_in_the_interpreter,
+    draws_many_samples,
+    run_on_the_cpu,
     runs_kernels,
 )
 from tests.support.statistics import assert_law
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning") 
 NAN, INF = float("nan"), float("inf")
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 @runs_kernels
@@ -152,13 +154,13 @@ def first_token(num_samples: int, first_seed: int, *, forgets_candidates: bool =
     return verify(**drafted).token_ids[:, 0].bincount(minlength=12).cpu().numpy()
 
 
-@runs_kernels
+@draws_many_samples
 def test_output_of_candidates_follows_the_target() -> None:
     law = torch.linspace(0.5, 1.8, 12).double().softmax(0).tolist()
     assert_law(first_token, law, 20_000)
 
 
-@runs_kernels
+@draws_many_samples
 def test_forgetting_the_candidates_is_caught() -> None:
     from vllm_bebop.statistics import RERUN_P_VALUE, g_test
 

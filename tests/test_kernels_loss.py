@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tests.support.kernels import DEVICE, INTERPRETED, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from tests.support.kernels import DEVICE, EMULATED, INTERPRETED, RUNS_HERE, run_on_the_cpu, runs_kernels
 from vllm_bebop.kernels import linear_statistics
 from vllm_bebop.kernels.loss_reference import statistics_reference, tv_loss_reference
 
@@ -32,11 +32,12 @@ VOCABULARIES = [1, 63, 100, 1000, 4096 + 17]  # the last one has more than one t
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +365,7 @@ def compile_kernel(name: str, target: str):
     return triton.compile(source, target=TARGETS[target], options={"num_warps": module.NUM_WARPS})
 
 
-@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set, so that nothing is compiled")
+@pytest.mark.skipif(INTERPRETED or EMULATED, reason="a test of the suite's own process")
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_loss_kernel_compiles_without_spills(record_property, tmp_path, name: str, target: str) -> None:
     compiled = compile_kernel(name, target)

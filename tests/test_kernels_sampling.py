@@ -17,7 +17,7 @@ from tests.support.kernels import (
     count_mismatches,
     plants_faults,
     repeats_on_a_gpu,
-    run_in_the_interpreter,
+    run_on_the_cpu,
     runs_kernels,
     smallest_margin,
 )
@@ -33,11 +33,12 @@ VOCABULARIES = [1, 63, 100, 513, 8192 + 17, 151_936]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def assert_equals_reference(values: dict[str, Tensor], **options) -> None:

@@ -6,18 +6,19 @@ Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests
 import pytest
 import torch
 
-from tests.support.kernels import DEVICE, RUNS_HERE, run_in_the_interpreter, runs_kernels
+from tests.support.kernels import DEVICE, RUNS_HERE, run_on_the_cpu, runs_kernels
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.tally import new_totals, read_totals, tally_reference
 
 NAN = float("nan")
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def verification(num_accepted: list[int], entropy: list, overlap: list, argmax_prob: list) -> Verification:

@@ -16,7 +16,7 @@ from tests.support.kernels import (
     count_mismatches,
     plants_faults,
     repeats_on_a_gpu,
-    run_in_the_interpreter,
+    run_on_the_cpu,
     runs_kernels,
     smallest_margin,
 )
@@ -40,11 +40,12 @@ from vllm_bebop.kernels.reference import Verification, verify_reference
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+@pytest.mark.parametrize("how", ["interpreted", "emulated"])
+def test_on_the_cpu(how: str) -> None:
+    run_on_the_cpu(__file__, how)
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def assert_equals_reference(values: dict, **options) -> Verification:

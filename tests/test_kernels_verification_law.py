@@ -8,7 +8,7 @@ from tests.support.kernels import (
     DEVICE,
     RUNS_HERE,
     plants_faults,
-    run_in_the_interpreter,
+    run_on_the_cpu,
     runs_kernels,
 )
 from tests.support.statistics import assert_fault_is_caught, assert_law, assert_laws
@@ -20,11 +20,11 @@ from vllm_bebop.selftest import NUM_SAMPLES
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
+def test_on_the_cpu() -> None:
+    run_on_the_cpu(__file__, "interpreted")
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 @runs_kernels

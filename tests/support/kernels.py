@@ -1,7 +1,8 @@
 """Where the tests of kernels run, and how their outputs are compared.
 
-On the GPU where there is one. Elsewhere Triton's interpreter runs the same tests on the CPU, in a process of their own:
-Triton reads TRITON_INTERPRET when it is imported, and the rest of the suite must not see it.
+On the GPU where there is one. Elsewhere the same tests run on the CPU twice, each time in a process of their own,
+because Triton asks when it is imported: once Triton's interpreter runs the kernels (TRITON_INTERPRET), once they are
+compiled for a GPU and tests/ptx runs what came out (EMULATE_GPU).
 """
 
 import dataclasses
@@ -20,17 +21,27 @@ from vllm_bebop.kernels.philox import gumbel
 
 pytest.importorskip("triton")
 
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-RUNS_HERE = INTERPRETED or DEVICE == "cuda"
+EMULATED = os.environ.get("EMULATE_GPU") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED and not EMULATED else "cpu"
+RUNS_HERE = INTERPRETED or EMULATED or DEVICE == "cuda"
+if EMULATED:
+    from tests.ptx import driver
+
+    driver.install()
 NAN, INF = float("nan"), float("inf")
 TEMPERATURES = [0.0, 0.3, 1.0, 1.3]
 
 
 def runs_kernels(test):
-    """Marks a test that `test_in_the_interpreter` runs where this process cannot."""
+    """Marks a test that `test_on_the_cpu` runs where this process cannot."""
     test.__test__ = RUNS_HERE
+    return test
+
+
+def draws_many_samples(test):
+    """Marks a test of a law: the emulator, a request per program, would take minutes for what equality tests show."""
+    test.__test__ = RUNS_HERE and not EMULATED
     return test
 
 
@@ -59,8 +70,10 @@ def count_mismatches(run: Callable[[], Tensor], num_repeats: int) -> int:
     return int(mismatches)
 
 
-def run_in_the_interpreter(file: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run_on_the_cpu(file: str, how: str) -> None:
+    """The tests of a file in a process of their own; how: "interpreted" or "emulated"."""
+    variable = {"interpreted": "TRITON_INTERPRET", "emulated": "EMULATE_GPU"}[how]
+    environment = os.environ | {variable: "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
@@ -102,7 +115,7 @@ def smallest_margin(run: Callable[[], object]) -> float:
 
 def assert_equal_from_both_forms(a, b) -> None:
     """Interpreted, one launch computes what two do, bit for bit; compiled apart, they may round differently."""
-    if DEVICE == "cpu":
+    if INTERPRETED:
         assert_bitwise_equal(a, b)
         return
     for field in dataclasses.fields(a):

@@ -1,0 +1,77 @@
+"""A driver for Triton whose GPU is machine.c: kernels are compiled for sm_90, their PTX runs on tensors of the CPU."""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+
+from tests.ptx.program import Program
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class Driver:
+    """What triton.runtime.driver.active is asked for."""
+
+    def __init__(self) -> None:
+        self.launcher_cls = Launcher
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232_448, "multiprocessor_count": 132},
+            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
+        )
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cpu
+
+
+class Launcher:
+    """Called as Triton calls the launcher of CUDA."""
+
+    def __init__(self, src, metadata) -> None:
+        self.is_argument = [type_name != "constexpr" for type_name in src.signature.values()]
+        self.shared_size = metadata.shared
+
+    def __call__(self, grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+        used = [argument for argument, is_used in zip(arguments, self.is_argument, strict=True) if is_used]
+        scratch = [None, None]  # two parameters that Triton adds
+        function.launch((grid_x, grid_y, grid_z), self.shared_size, used + scratch)
+
+
+def without_ptxas(*arguments):
+    """A hook of Triton's for its stages of compilation: there is no machine code to make."""
+    if arguments:
+        _, stages, *_ = arguments
+        stages["cubin"] = lambda ptx, metadata: b""
+    return "without ptxas", "without ptxas"
+
+
+def install() -> None:
+    """From now on, this process runs Triton's kernels here."""
+    triton.knobs.runtime.add_stages_inspection_hook = without_ptxas
+    triton.knobs.compilation.disable_line_info = True
+    initialize, program = CompiledKernel._init_handles, functools.cache(Program)
+
+    def init_handles(kernel) -> None:
+        initialize(kernel)
+        kernel.function = program(kernel.asm["ptx"])
+
+    CompiledKernel._init_handles = init_handles
+    triton.runtime.driver.set_active(Driver())
