@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-versions bench bench-gpu
+.PHONY: setup demo test test-versions test-triton bench bench-gpu
 
 setup:
 	@scripts/setup_venv.sh
@@ -19,6 +19,10 @@ test: setup
 # The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup
 	.venv/bin/python scripts/test_versions.py
+
+# The kernels, compiled by the versions of Triton that come with other releases of PyTorch, and emulated.
+test-triton: setup
+	@scripts/test_triton.sh
 
 bench: setup
 	.venv/bin/python benchmarks/bench_acceptance.py

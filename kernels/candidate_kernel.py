@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_bebop.kernels.arguments import check_integers, check_rows, check_tensor
 from vllm_bebop.kernels.candidates import GROUP, NUM_KEPT, Candidates, num_candidates
 from vllm_bebop.kernels.device import NEG_INF, to_scores
-from vllm_bebop.kernels.launch import requests_per_program
+from vllm_bebop.kernels.launch import OPTIONS, requests_per_program
 
 _GROUP, _NUM_KEPT = tl.constexpr(GROUP), tl.constexpr(NUM_KEPT)
 _LEAST = tl.constexpr(-3e38)
@@ -67,6 +67,7 @@ def find_candidates(
         vocab_size,
         REQUESTS=per_program,
         num_warps=4,
+        **OPTIONS,
     )
     return out
 

@@ -20,7 +20,7 @@ from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_r
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import TILE, partition, requests_per_program
+from vllm_bebop.kernels.launch import OPTIONS, TILE, partition, requests_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
 
@@ -201,6 +201,7 @@ def sample(
             BLOCK_STREAM=int(streams[0]),
             TOKEN_STREAM=int(streams[1]),
             num_warps=4 if filtered else 8,
+            **OPTIONS,
         )
 
     launch(tiles, filtered=False)

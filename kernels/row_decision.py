@@ -14,7 +14,6 @@ from vllm_bebop.kernels.verification_rows import (
     LOG_RATIO,
     LSE_P,
     LSE_Q,
-    NAN,
     NO_DRAFT,
     NUM_NAN,
     OVERLAP,
@@ -128,7 +127,7 @@ def decide_row(
     accepts = is_drawn & is_below_ratio(u, log_p, log_q)
     log_ratio = log_p - finite(log_q)
     overlap = tl.exp(tl.minimum(log_ratio, 0.0))
-    argmax_prob = tl.where(is_point_mass, overlap, NAN)
+    argmax_prob = tl.where(is_point_mass, overlap, float("nan"))
     if draft_argmax_ptr is not None:
         at_argmax = is_read & is_drawn & ~is_point_mass
         argmax_q = tl.load(draft_argmax_ptr + slot * max_drafts + step, mask=at_argmax, other=0)
@@ -148,8 +147,8 @@ def decide_row(
     tl.store(rows + LSE_Q * row_plane, logsumexp_q, mask=is_row)
     tl.store(rows + ENTROPY * row_plane, entropy, mask=is_row)
     tl.store(rows + NUM_NAN * row_plane, num_nan, mask=is_row)
-    tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, NAN), mask=is_row)
-    tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, NAN), mask=is_row)
+    tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, float("nan")), mask=is_row)
+    tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, float("nan")), mask=is_row)
     tl.store(rows + LOG_RATIO * row_plane, log_ratio, mask=is_row)
     tl.store(verdicts, verdict, mask=is_row)
     return accepts

@@ -30,7 +30,7 @@ from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_r
 from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import TILE, partition, requests_per_program
+from vllm_bebop.kernels.launch import OPTIONS, TILE, partition, requests_per_program
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
 from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
@@ -279,6 +279,7 @@ def verify(
             PADDED_STEPS=triton.next_power_of_2(max_drafts + 1),
             REQUESTS=per_program,
             num_warps=num_warps,
+            **OPTIONS,
         )
 
     # What a bitmask, or a tile of p and one of q, keep per thread must fit registers: then 512 threads share it, 64 of

@@ -10,7 +10,6 @@ ACCEPTED, REJECTED, NO_DRAFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Planes of a row's merged numbers, fp32. LOG_RATIO is log p(y) - log q(y).
 LSE_P, LSE_Q, ENTROPY, NUM_NAN, OVERLAP, ARGMAX_PROB, THRESHOLD, LOG_RATIO = (tl.constexpr(i) for i in range(8))
 NUM_ROW_PLANES = 8
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -48,10 +47,10 @@ def store_output(
     is_used = in_batch[:, None] & (steps <= last_used[:, None])
     is_used_draft = is_used & (steps < num_drafts[:, None])
     used_row = rows_ptr + index
-    entropy = tl.load(used_row + ENTROPY * row_plane, mask=is_used, other=NAN, cache_modifier=".cg")
+    entropy = tl.load(used_row + ENTROPY * row_plane, mask=is_used, other=float("nan"), cache_modifier=".cg")
     tl.store(entropy_ptr + index, entropy, mask=is_step)
-    overlap = tl.load(used_row + OVERLAP * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
-    prob = tl.load(used_row + ARGMAX_PROB * row_plane, mask=is_used_draft, other=NAN, cache_modifier=".cg")
+    overlap = tl.load(used_row + OVERLAP * row_plane, mask=is_used_draft, other=float("nan"), cache_modifier=".cg")
+    prob = tl.load(used_row + ARGMAX_PROB * row_plane, mask=is_used_draft, other=float("nan"), cache_modifier=".cg")
     draft_index = request[:, None] * max_drafts + steps
     tl.store(overlap_ptr + draft_index, overlap, mask=is_step & (steps < max_drafts))
     tl.store(argmax_prob_ptr + draft_index, prob, mask=is_step & (steps < max_drafts))

@@ -174,8 +174,8 @@ class Program:
         else:
             if name == "shfl":
                 parts = parts[1:2]  # without .sync and .b32
-            elif name == "redux":
-                parts = parts[1:]
+            elif name == "redux" or (name in ("add", "sub", "mul") and parts[0] == "rn"):
+                parts = parts[1:]  # without .sync; .rn says not to fuse, which nothing does here
             elif name in ("mov", "selp") and parts != ["pred"]:
                 parts = []
             outputs = [self.operand(text) for text in texts[0].split("|")]
