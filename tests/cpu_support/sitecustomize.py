@@ -1,12 +1,12 @@
 """Lets more of vLLM run in tests on a machine without a GPU. Active where this folder is on PYTHONPATH.
 
-Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Two things are mended,
-each just before the package it concerns is first imported:
+Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Mended, each just before the package it concerns is first imported:
 
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
 * Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
-  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`.
+  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=1 they are compiled, as on a
+  GPU, and tests/ptx runs them.
 """
 
 import importlib.abc
@@ -76,6 +76,20 @@ def _accept_integer_masks() -> None:
     accepting("create_masked_store", 2)
 
 
+def emulate_a_gpu() -> None:
+    import torch
+    from triton.backends import backends
+
+    from tests.ptx import driver
+    from vllm_bebop.kernels import backend
+
+    # What vLLM looks for; kernels are compiled by NVIDIA's.
+    backends["cpu"] = SimpleNamespace(driver=driver.Driver, compiler=SimpleNamespace(supports_target=lambda _: False))
+    driver.install()
+    backend._runs_triton = lambda device: True
+    torch.cuda.get_device_name = lambda device=None: "NVIDIA H100, emulated"  # asked for by kernels that are not used
+
+
 class BeforeImport(importlib.abc.MetaPathFinder):
     """Runs a mend when its package is first looked up; finds nothing itself."""
 
@@ -83,6 +97,8 @@ class BeforeImport(importlib.abc.MetaPathFinder):
         self.mends = {"torchvision": declare_torchvision_operators}
         if os.environ.get("TRITON_INTERPRET") == "1":
             self.mends["vllm"] = run_triton_on_the_cpu
+        if os.environ.get("EMULATE_GPU") == "1":
+            self.mends["vllm"] = emulate_a_gpu
 
     def find_spec(self, name, path=None, target=None):
         mend = self.mends.pop(name, None)

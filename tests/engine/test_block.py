@@ -1,14 +1,9 @@
 """Acceptance "block" in a real engine: the law of the target, stock greedy text, both model runners alike."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.support import laws
-from tests.support.engines import ROOT, TINY_MODEL, accepted_per_position, engine, runner, token_ids
+from tests.support.engines import HOWS, TINY_MODEL, accepted_per_position, engine, probe, runner, token_ids
 from tests.support.statistics import assert_fault_is_caught, assert_laws
 from tests.support.v2_block_probe import BLOCK, GREEDY, PROMPTS, SEEDED
 from vllm_bebop.kernels import block_reference
@@ -62,13 +57,8 @@ def test_greedy_tokens_are_stock_without_speculation(served):
         assert served["greedy"] == _tokens(stock, GREEDY)
 
 
-def test_both_model_runners_serve_the_same_seeded_and_greedy_tokens(served):
-    """V2 under Triton's interpreter, in a process of its own: see test_runner_v2."""
-    environ = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
-    command = [sys.executable, "-m", "tests.support.v2_block_probe"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=300)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    v2 = json.loads(lines[-1].removeprefix("RESULT "))
+@pytest.mark.parametrize("how", HOWS)
+def test_both_model_runners_serve_the_same_seeded_and_greedy_tokens(served, how):
+    v2 = probe("tests.support.v2_block_probe", use_v2=True, how=how)
     assert v2["class"] == "BebopRejectionSampler" and v2["in_blocks"]
     assert {name: v2[name] for name in served} == served

@@ -2,14 +2,15 @@
 
 import pytest
 
-from tests.support.engines import probe
+from tests.support.engines import HOWS, probe
 from tests.support.totals import assert_totals
 from tests.support.v1_probe import answered
 from vllm_bebop.kernels.backend import plain
 
 
-def test_answers_of_the_kernels_are_those_of_the_reference():
-    kernels, reference = probe("tests.support.v1_probe", use_v2=False), answered(plain())
+@pytest.mark.parametrize("how", HOWS)
+def test_answers_of_the_kernels_are_those_of_the_reference(how):
+    kernels, reference = probe("tests.support.v1_probe", use_v2=False, how=how), answered(plain())
     assert kernels.pop("backend").startswith("Triton kernels")
     assert reference.pop("backend") == plain().name
     totals = kernels.pop("totals"), reference.pop("totals")

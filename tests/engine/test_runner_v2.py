@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.support import target
-from tests.support.engines import BEBOP, TINY_MODEL, engine, probe, token_ids
+from tests.support.engines import BEBOP, HOWS, TINY_MODEL, engine, probe, token_ids
 from tests.support.statistics import HONEST_P_VALUE, RERUN_P_VALUE, bonferroni
 from tests.support.totals import assert_totals
 from tests.support.v2_probe import (
@@ -22,16 +22,21 @@ from tests.support.v2_probe import (
 from vllm_bebop.engine.versions import installed_vllm
 
 
-@pytest.fixture(scope="module")
-def v2():
-    return probe("tests.support.v2_probe", use_v2=True)
+@pytest.fixture(scope="module", params=HOWS)
+def v2(request):
+    return probe("tests.support.v2_probe", use_v2=True, how=request.param)
 
 
 @pytest.fixture(scope="module")
-def both(v2):
-    """What V2 answers, and what V1 does."""
+def v1():
     with engine(BEBOP, **OPTIONS) as llm:
-        return v2["answers"], json.loads(json.dumps(answers(llm)))
+        return json.loads(json.dumps(answers(llm)))
+
+
+@pytest.fixture(scope="module")
+def both(v2, v1):
+    """What V2 answers, and what V1 does."""
+    return v2["answers"], v1
 
 
 def test_v2_is_what_ran(v2):
@@ -45,13 +50,25 @@ def test_totals_agree_with_vllm_and_with_themselves(v2):
     assert_totals(v2["totals"], v2["accepted"])
 
 
-def test_greedy_tokens_of_fifty_prompts_are_stock_without_speculation(v2):
-    assert len(PROMPTS) == 50
+@pytest.fixture(scope="module")
+def stock():
+    """Greedy tokens of stock vLLM without speculation."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
     with engine(max_model_len=64) as llm:
-        assert v2["greedy"] == [list(ids) for ids in token_ids(llm.generate(PROMPTS, params, use_tqdm=False))]
+        return [list(ids) for ids in token_ids(llm.generate(PROMPTS, params, use_tqdm=False))]
+
+
+def test_greedy_tokens_of_fifty_prompts_are_stock_without_speculation(v2, stock):
+    assert len(PROMPTS) == 50
+    assert v2["greedy"] == stock
+
+
+def test_one_draft_a_round_gives_stock_greedy_tokens_too(v2, stock):
+    rounds, accepted = v2["one_draft"]["accepted"]
+    assert len(accepted) == 1 and accepted[0] > 0.1 * rounds
+    assert v2["one_draft"]["greedy"] == stock[: len(v2["one_draft"]["greedy"])]
 
 
 def test_seeded_tokens_are_those_of_runner_v1(both):

@@ -66,6 +66,7 @@ class Launch(ctypes.Structure):
         ("released", ctypes.c_void_p),
         ("num_released", ctypes.c_int32),
         ("places", ctypes.c_void_p),
+        ("is_trusted", ctypes.c_int32),
         ("random", ctypes.c_uint64),
         ("error", ctypes.c_char * 256),
     ]
@@ -184,7 +185,7 @@ class Program:
 
     def _decode_access(self, result: Instruction, name: str, parts: list[str], texts: list[str]) -> None:
         type_name = parts[-1]
-        if unknown := {*parts[:-1]} - OF_ACCESSES - {"add", "min", "max", "exch"}:
+        if unknown := {*parts[:-1]} - OF_ACCESSES - {"add", "min", "max", "exch", "or", "and"}:
             raise NotImplementedError(f"{name} with .{unknown.pop()}")
         is_store = name in ("st", "stmatrix")
         address, values = texts[:2] if is_store else texts[1::-1]
@@ -212,8 +213,10 @@ class Program:
             for k, value in enumerate(values):
                 slots[k] = value
 
-    def launch(self, grid: tuple[int, int, int], shared_size: int, arguments: list) -> None:
+    def launch(self, grid: tuple[int, int, int], shared_size: int, arguments: list, is_trusted: bool) -> None:
         """Runs the kernel. arguments: a number, a tensor on the CPU, or None, for each parameter.
+
+        is_trusted: accesses to global memory are not checked, since it follows addresses that its arguments contain.
 
         Raises:
             RuntimeError: an access outside of the tensors, a race, a barrier that not all threads reach.
@@ -242,6 +245,7 @@ class Program:
             regions=(Region * len(regions))(*(Region(start, size) for start, size in regions.items())),
             num_regions=len(regions),
             random=next(_seeds),
+            is_trusted=is_trusted,
         )
         failed = machine().run_launch(
             ctypes.byref(launch),

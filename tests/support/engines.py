@@ -29,6 +29,9 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 ROOT = Path(__file__).parent.parent.parent
 TINY_MODEL = ROOT / "tiny_model" / "checkpoint"
 BEBOP = {"method": "bebop", "num_speculative_tokens": 3}
+# How `probe` runs Triton's kernels, ours and those of model runner V2: on the GPU; or without one twice, in Triton's
+# interpreter, and compiled for a GPU that tests/ptx emulates.
+HOWS = ("interpreted", "emulated") if on_cpu() else ("compiled",)
 # A test may hold three engines at once.
 SHARED_GPU = {} if on_cpu() else {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
 
@@ -112,11 +115,12 @@ def runner(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def probe(module: str, use_v2: bool) -> dict[str, Any]:
-    """What `python -m module` prints behind RESULT: fused kernels in an engine, interpreted without a GPU."""
+def probe(module: str, use_v2: bool, how: str) -> dict[str, Any]:
+    """What `python -m module` prints behind RESULT: fused kernels in an engine. how: one of `HOWS`."""
     environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}
-    if on_cpu():
-        environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests/cpu_support")}
+    if how != "compiled":
+        variable = {"interpreted": "TRITON_INTERPRET", "emulated": "EMULATE_GPU"}[how]
+        environ |= {variable: "1", "PYTHONPATH": f"{ROOT / 'tests/cpu_support'}{os.pathsep}{ROOT}"}
     done = subprocess.run(
         [sys.executable, "-m", module], cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=580
     )

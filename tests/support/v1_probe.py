@@ -1,6 +1,6 @@
 """What model runner V1 answers with the fused kernels, for a test to read: `python -m tests.support.v1_probe`.
 
-Without a GPU they run in Triton's interpreter, hence a process of its own. Prints one JSON line.
+Without a GPU they are interpreted or emulated, hence a process of its own. Prints one JSON line.
 """
 
 import json

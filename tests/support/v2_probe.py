@@ -1,9 +1,10 @@
 """What model runner V2 does under bebop, for a test to read: `python -m tests.support.v2_probe`.
 
-V2 is chosen by the environment before vLLM is imported, and without a GPU runs in Triton's interpreter, hence a process
-of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens and
-log-probabilities of both samplers (the fused kernels and the reference); and, with a cache of candidates for half of
-the requests, greedy tokens and the p-values of the law of the first tokens, honest and with a planted fault.
+V2 is chosen by the environment before vLLM is imported, and without a GPU its kernels are interpreted or emulated:
+hence a process of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens
+and log-probabilities of both samplers (the fused kernels and the reference); greedy tokens with one draft a round; and,
+with a cache of candidates for half of the requests, greedy tokens and the p-values of the law of the first tokens,
+honest and with a planted fault.
 """
 
 import json
@@ -165,6 +166,15 @@ def both_samplers() -> dict[str, Any]:
     return result
 
 
+def one_draft() -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    with engine(BEBOP | {"num_speculative_tokens": 1}, **OPTIONS) as llm:
+        greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        served = token_ids(llm.generate(PROMPTS[:8], greedy, use_tqdm=False))
+        return {"one_draft": {"greedy": served, "accepted": accepted_per_position(llm)}}
+
+
 def half_a_cache() -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -196,7 +206,7 @@ def half_a_cache() -> dict[str, Any]:
 
 def main() -> None:
     replace_what_the_interpreter_cannot_run()
-    print("RESULT", json.dumps(both_samplers() | half_a_cache()))
+    print("RESULT", json.dumps(both_samplers() | one_draft() | half_a_cache()))
 
 
 if __name__ == "__main__":
