@@ -1,12 +1,13 @@
 """Lets more of vLLM run in tests on a machine without a GPU. Active where this folder is on PYTHONPATH.
 
-Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Mended, each just before the package it concerns is first imported:
+Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Two things are mended,
+each just before the package it concerns is first imported:
 
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
 * Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
-  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=1 they are compiled, as on a
-  GPU, and tests/ptx runs them.
+  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=1 they are compiled as for
+  a GPU, and tests/ptx runs what came out.
 """
 
 import importlib.abc
