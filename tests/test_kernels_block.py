@@ -1,6 +1,6 @@
 """Fused block verification equals its reference token for token, and its output follows p.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
+Runs on the GPU where there is one, otherwise on the CPU: see tests/support/kernels.py.
 """
 
 import pytest

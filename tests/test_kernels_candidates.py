@@ -1,6 +1,6 @@
 """Drafts restricted to the largest few logits of each stretch: the kernel, and verification of such drafts.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
+Runs on the GPU where there is one, otherwise on the CPU: see tests/support/kernels.py.
 """
 
 import pytest

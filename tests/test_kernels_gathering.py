@@ -1,6 +1,6 @@
 """What a step verifies: by hand, and the kernel against its reference.
 
-Runs on the GPU where there is one, otherwise in Triton's interpreter: see tests/support/kernels.py.
+Runs on the GPU where there is one, otherwise on the CPU: see tests/support/kernels.py.
 """
 
 import pytest

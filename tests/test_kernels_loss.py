@@ -1,6 +1,6 @@
 """The fused losses err no more than eager code of the same dtype, forward and backward; and compile for our GPUs.
 
-Runs on the GPU where there is one, elsewhere in Triton's interpreter in a process of its own, see
+Runs on the GPU where there is one, elsewhere on the CPU in processes of their own, see
 tests/support/kernels.py. The tests at the end only compile, as those of `test_kernels_compile`.
 """
 

@@ -6,8 +6,8 @@ each just before the package it concerns is first imported:
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
 * Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
-  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=1 they are compiled as for
-  a GPU, and tests/ptx runs what came out.
+  is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=90 they are compiled as
+  for a GPU of compute capability 9.0, and tests/ptx runs what came out.
 """
 
 import importlib.abc
@@ -98,7 +98,7 @@ class BeforeImport(importlib.abc.MetaPathFinder):
         self.mends = {"torchvision": declare_torchvision_operators}
         if os.environ.get("TRITON_INTERPRET") == "1":
             self.mends["vllm"] = run_triton_on_the_cpu
-        if os.environ.get("EMULATE_GPU") == "1":
+        if "EMULATE_GPU" in os.environ:
             self.mends["vllm"] = emulate_a_gpu
 
     def find_spec(self, name, path=None, target=None):

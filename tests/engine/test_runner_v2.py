@@ -46,6 +46,13 @@ def test_v2_is_what_ran(v2):
     assert v2["accepted"][0] > 0.1 * v2["rounds"]
 
 
+def test_nothing_is_compiled_while_serving(v2):
+    at_the_start, while_serving = v2["compiled"].values()
+    kernels = {"sample_kernel", "verify_kernel", "gather_kernel", "tally_kernel"}
+    assert set(at_the_start) == (set() if "interpreted" in v2["backend"] else kernels)
+    assert while_serving == []
+
+
 def test_totals_agree_with_vllm_and_with_themselves(v2):
     assert_totals(v2["totals"], v2["accepted"])
 

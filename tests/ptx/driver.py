@@ -1,6 +1,10 @@
-"""A driver for Triton whose GPU is machine.c: kernels are compiled for sm_90, their PTX runs on tensors of the CPU."""
+"""A driver for Triton whose GPU is machine.c: it runs the PTX that kernels are compiled to, on tensors of the CPU.
+
+EMULATE_GPU is the compute capability to compile for: 80, 90 or 100.
+"""
 
 import functools
+import os
 from types import SimpleNamespace
 
 import torch
@@ -10,7 +14,7 @@ from triton.compiler.compiler import CompiledKernel
 
 from tests.ptx.program import Program
 
-TARGET = GPUTarget("cuda", 90, 32)
+TARGET = GPUTarget("cuda", int(os.environ["EMULATE_GPU"]), 32)
 
 
 class Driver:
@@ -20,7 +24,7 @@ class Driver:
         self.launcher_cls = Launcher
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 232_448, "multiprocessor_count": 132},
-            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
+            load_binary=lambda name, binary, shared, device: ("emulated", None, 0, 0, 1024),
         )
 
     def is_active(self) -> bool:

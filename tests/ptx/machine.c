@@ -246,8 +246,16 @@ OP(fma_rn_f32, d[t] = of_f32(fmaf(f32(x[t]), f32(y[t]), f32(z[t]))))
 OP(fma_rn_f64, d[t] = of_f64(fma(f64(x[t]), f64(y[t]), f64(z[t]))))
 OP(fma_rn_ftz_f32, d[t] = of_f32(flushed(fmaf(flushed(f32(x[t])), flushed(f32(y[t])), flushed(f32(z[t]))))))
 /* NaN gives way to a number, and -0 is below 0. */
-OP(min_f32, float v = f32(x[t]); float w = f32(y[t]); d[t] = v == w ? (uint32_t)(x[t] | y[t]) : of_f32(fminf(v, w)))
-OP(max_f32, float v = f32(x[t]); float w = f32(y[t]); d[t] = v == w ? (uint32_t)(x[t] & y[t]) : of_f32(fmaxf(v, w)))
+static inline uint64_t lesser(uint64_t x, uint64_t y) {
+    return f32(x) == f32(y) ? (uint32_t)(x | y) : of_f32(fminf(f32(x), f32(y)));
+}
+static inline uint64_t greater(uint64_t x, uint64_t y) {
+    return f32(x) == f32(y) ? (uint32_t)(x & y) : of_f32(fmaxf(f32(x), f32(y)));
+}
+OP(min_f32, d[t] = lesser(x[t], y[t]))
+OP(max_f32, d[t] = greater(x[t], y[t]))
+OP(min3_f32, d[t] = lesser(lesser(x[t], y[t]), z[t]))
+OP(max3_f32, d[t] = greater(greater(x[t], y[t]), z[t]))
 OP(ex2_approx_f32, d[t] = of_f32(approximate(exp2(f32(x[t])))))
 OP(ex2_approx_ftz_f32, d[t] = of_f32(flushed(approximate(exp2(flushed(f32(x[t])))))))
 OP(lg2_approx_ftz_f32, d[t] = of_f32(approximate(log2(flushed(f32(x[t]))))))
@@ -284,6 +292,14 @@ OP(cvt_u32_u16, d[t] = (uint16_t)x[t])
 OP(cvt_u64_u16, d[t] = (uint16_t)x[t])
 OP(cvt_u16_u32, d[t] = (uint16_t)x[t])
 OP(cvt_u16_u64, d[t] = (uint16_t)x[t])
+
+/* Pairs of floats, of compute capability 10.0. */
+static inline uint64_t two(float low, float high) { return of_f32(high) << 32 | of_f32(low); }
+OP(add_f32x2, d[t] = two(f32(x[t]) + f32(y[t]), f32(x[t] >> 32) + f32(y[t] >> 32)))
+OP(sub_f32x2, d[t] = two(f32(x[t]) - f32(y[t]), f32(x[t] >> 32) - f32(y[t] >> 32)))
+OP(mul_f32x2, d[t] = two(f32(x[t]) * f32(y[t]), f32(x[t] >> 32) * f32(y[t] >> 32)))
+OP(fma_rn_f32x2, d[t] = two(fmaf(f32(x[t]), f32(y[t]), f32(z[t])),
+                            fmaf(f32(x[t] >> 32), f32(y[t] >> 32), f32(z[t] >> 32))))
 
 /* Comparisons; those that end in u also hold if an operand is NaN. */
 #define COMPARE(type, get)                                                                                             \
@@ -547,6 +563,8 @@ SHUFFLE(idx, lowest | (by & ~segment), from <= limit)
             for (int lane = 0; lane < WARP; lane++) d[first + lane] = result;                                          \
         }                                                                                                              \
     }
+REDUCE(max_f32, greater(result, next))
+REDUCE(min_f32, lesser(result, next))
 REDUCE(add_s32, result + next)
 REDUCE(max_s32, (int32_t)result > (int32_t)next ? result : next)
 REDUCE(min_s32, (int32_t)result < (int32_t)next ? result : next)
@@ -589,7 +607,8 @@ static Block *new_block(Launch *launch) {
     Block *b = malloc(sizeof(Block));
     int n = launch->num_threads;
     *b = (Block){.launch = launch, .n = n};
-    b->registers = calloc((size_t)launch->num_registers * n, 8);
+    b->registers = malloc((size_t)launch->num_registers * n * 8);
+    memset(b->registers, 0xff, (size_t)launch->num_registers * n * 8); /* NaN, where nothing has been written */
     b->pc = malloc(n * sizeof(int32_t));
     b->active = malloc(n);
     b->runs = malloc(n);

@@ -125,10 +125,9 @@ class Program:
         decoded = [self.decode(statement) for statement in self.statements]
         self.code = (Instruction * len(decoded))(*decoded)
         given = {*IDS, *GRID, *(name for _, name in self.parameters)}
-        written = {*self.constants, *(index for instruction in decoded for index in instruction.out)}
-        for name, index in self.registers.items():
-            if index not in written and name not in given:
-                raise NotImplementedError(f"nothing writes {name}")
+        for name in self.registers.keys() - given:
+            if not re.fullmatch(r"%(p|r|rs|rd)\d+|constant -?\d+", name):
+                raise NotImplementedError(f"unknown register {name}")
 
     def register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))
@@ -179,6 +178,8 @@ class Program:
                 parts = parts[1:]  # without .sync; .rn says not to fuse, which nothing does here
             elif name in ("mov", "selp") and parts != ["pred"]:
                 parts = []
+            elif name in ("min", "max") and len(texts) == 4:
+                name = f"{name}3"
             outputs = [self.operand(text) for text in texts[0].split("|")]
             self._fill(result, "_".join([name, *parts]), outputs, [self.operand(text) for text in texts[1:]])
         return result

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.without_a_gpu import ENVIRONMENTS
 from vllm_bebop.bench.conditions import on_cpu
 
 # Read when vLLM is imported; on a GPU those that concern the CPU are ignored.
@@ -31,7 +32,7 @@ TINY_MODEL = ROOT / "tiny_model" / "checkpoint"
 BEBOP = {"method": "bebop", "num_speculative_tokens": 3}
 # How `probe` runs Triton's kernels, ours and those of model runner V2: on the GPU; or without one twice, in Triton's
 # interpreter, and compiled for a GPU that tests/ptx emulates.
-HOWS = ("interpreted", "emulated") if on_cpu() else ("compiled",)
+HOWS = tuple(ENVIRONMENTS) if on_cpu() else ("compiled",)
 # A test may hold three engines at once.
 SHARED_GPU = {} if on_cpu() else {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
 
@@ -119,8 +120,7 @@ def probe(module: str, use_v2: bool, how: str) -> dict[str, Any]:
     """What `python -m module` prints behind RESULT: fused kernels in an engine. how: one of `HOWS`."""
     environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}
     if how != "compiled":
-        variable = {"interpreted": "TRITON_INTERPRET", "emulated": "EMULATE_GPU"}[how]
-        environ |= {variable: "1", "PYTHONPATH": f"{ROOT / 'tests/cpu_support'}{os.pathsep}{ROOT}"}
+        environ |= ENVIRONMENTS[how] | {"PYTHONPATH": f"{ROOT / 'tests/cpu_support'}{os.pathsep}{ROOT}"}
     done = subprocess.run(
         [sys.executable, "-m", module], cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=580
     )

@@ -1,8 +1,8 @@
 """Where the tests of kernels run, and how their outputs are compared.
 
 On the GPU where there is one. Elsewhere the same tests run on the CPU twice, each time in a process of their own,
-because Triton asks when it is imported: once Triton's interpreter runs the kernels (TRITON_INTERPRET), once they are
-compiled for a GPU and tests/ptx runs what came out (EMULATE_GPU).
+because Triton asks when it is imported: once Triton's interpreter runs the kernels, once they are compiled for a GPU
+and tests/ptx runs what came out.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from tests.support.requests import assert_bitwise_equal
+from tests.support.without_a_gpu import ENVIRONMENTS
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.philox import gumbel
 
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = os.environ.get("EMULATE_GPU") == "1"
+EMULATED = "EMULATE_GPU" in os.environ
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED and not EMULATED else "cpu"
 RUNS_HERE = INTERPRETED or EMULATED or DEVICE == "cuda"
 if EMULATED:
@@ -72,8 +73,7 @@ def count_mismatches(run: Callable[[], Tensor], num_repeats: int) -> int:
 
 def run_on_the_cpu(file: str, how: str) -> None:
     """The tests of a file in a process of their own; how: "interpreted" or "emulated"."""
-    variable = {"interpreted": "TRITON_INTERPRET", "emulated": "EMULATE_GPU"}[how]
-    environment = os.environ | {variable: "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENTS[how] | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr

@@ -4,7 +4,7 @@ V2 is chosen by the environment before vLLM is imported, and without a GPU its k
 hence a process of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens
 and log-probabilities of both samplers (the fused kernels and the reference); greedy tokens with one draft a round; and,
 with a cache of candidates for half of the requests, greedy tokens and the p-values of the law of the first tokens,
-honest and with a planted fault.
+honest and with a planted fault; which kernels were compiled at the start and later.
 """
 
 import json
@@ -147,12 +147,15 @@ def both_samplers() -> dict[str, Any]:
 
     from vllm_bebop.kernels.backend import fused, plain
 
+    compiled = note_compilations()
     result: dict[str, Any] = {}
     with engine(BEBOP, **OPTIONS, logprobs_mode="processed_logprobs") as llm:
         inside = runner(llm)
         places = inside.speculator, inside.sampler, inside.sampler.sampling_states, inside.rejection_sampler
         result["classes"] = [type(place).__name__ for place in places]
         result["backend"] = inside.speculator.bebop.backend.name
+        llm.generate(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+        result["compiled"] = {"at the start": list(compiled)}
         result["answers"] = answers(llm)
         for half, prompts in enumerate(SCORED_PROMPTS):
             wanted = [SamplingParams(**scored(half, i)) for i in range(len(prompts))]
@@ -163,7 +166,22 @@ def both_samplers() -> dict[str, Any]:
                     [[(token, step[token].logprob) for token, step in zip(c.token_ids, c.logprobs, strict=True)]
                      for output in outputs for c in output.outputs]
                 )  # fmt: skip
+        result["compiled"]["while serving"] = compiled[len(result["compiled"]["at the start"]) :]
     return result
+
+
+def note_compilations() -> list[str]:
+    """The names of our kernels, as Triton compiles them from now on."""
+    import triton
+
+    names: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        if fn.module.startswith("vllm_bebop"):
+            names.append(fn.name)
+
+    triton.knobs.runtime.jit_post_compile_hook = note
+    return names
 
 
 def one_draft() -> dict[str, Any]:
