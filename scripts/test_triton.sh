@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 emulate() {  # a compute capability, and a folder with another Triton
   EMULATE_GPU=$1 OMP_NUM_THREADS=1 PYTHONPATH=${2:-} .venv/bin/python -m pytest -q -n 2 --dist loadfile \
-    tests/test_ptx.py tests/test_kernels_*.py
+    tests/test_ptx.py $(grep -l emulated tests/test_kernels_*.py)
 }
 
 if [ $# = 0 ]; then
