@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WARP = 32, MAX_THREADS = 1024, RETURNED = INT_MAX };
+enum { WARP = 32, RETURNED = INT_MAX };
 enum Outcome { FINISHED, PAUSED, FAILED };
 
 /* Who touched a byte: a block (from 1; 0 is nobody), between which of its barriers, and which warp. */
