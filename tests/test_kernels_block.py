@@ -46,6 +46,7 @@ from vllm_bebop.selftest import NUM_SAMPLES
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
+@pytest.mark.timeout(1200)  # compiles a hundred kernels
 @pytest.mark.parametrize("how", ["interpreted", "emulated"])
 def test_on_the_cpu(how: str) -> None:
     run_on_the_cpu(__file__, how)

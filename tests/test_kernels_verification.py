@@ -40,6 +40,7 @@ from vllm_bebop.kernels.reference import Verification, verify_reference
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(0) in the interpreter
 
 
+@pytest.mark.timeout(1200)  # compiles a hundred kernels
 @pytest.mark.parametrize("how", ["interpreted", "emulated"])
 def test_on_the_cpu(how: str) -> None:
     run_on_the_cpu(__file__, how)
