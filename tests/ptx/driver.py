@@ -27,7 +27,8 @@ class Driver:
             load_binary=lambda name, binary, shared, device: ("emulated", None, 0, 0, 1024),
         )
 
-    def is_active(self) -> bool:
+    @staticmethod
+    def is_active() -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:

@@ -46,15 +46,16 @@ def environment_for_every_family() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
 
 
-def replace_what_the_interpreter_cannot_run() -> None:
-    """vLLM's top-k/top-p kernel, which it has in PyTorch too, and pinned memory."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+def replace_what_cannot_run_without_a_gpu() -> None:
+    """Pinned memory; and, in the interpreter, vLLM's top-k/top-p kernel, which it has in PyTorch too."""
+    if not on_cpu():
         return
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu import structured_outputs
 
-    in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
-    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
+        topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
 
     # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
     def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from tests.support.engines import (
     BEBOP,
     accepted_per_position,
     engine,
-    replace_what_the_interpreter_cannot_run,
+    replace_what_cannot_run_without_a_gpu,
     runner,
 )
 from tests.support.v2_probe import OPTIONS, answers
@@ -29,7 +29,7 @@ def answered(backend: Backend | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    replace_what_the_interpreter_cannot_run()
+    replace_what_cannot_run_without_a_gpu()
     print("RESULT", json.dumps(answered()))
 
 

@@ -6,7 +6,7 @@ Prints one JSON line: seeded and greedy tokens.
 import json
 from typing import Any
 
-from tests.support.engines import BEBOP, engine, replace_what_the_interpreter_cannot_run, runner, token_ids
+from tests.support.engines import BEBOP, engine, replace_what_cannot_run_without_a_gpu, runner, token_ids
 
 BLOCK = BEBOP | {"acceptance": "block"}
 PROMPTS = ["import os", "   +-----------+", "x = [1, 2", "Problem: Add", "class A", "for i in"]
@@ -17,7 +17,7 @@ GREEDY = SEEDED | {"temperature": 0.0}
 def main() -> None:
     from vllm import SamplingParams
 
-    replace_what_the_interpreter_cannot_run()
+    replace_what_cannot_run_without_a_gpu()
     with engine(BLOCK, max_num_seqs=8, max_model_len=64) as llm:
         sampler = runner(llm).rejection_sampler
         result: dict[str, Any] = {"class": type(sampler).__name__, "in_blocks": sampler.bebop.in_blocks}

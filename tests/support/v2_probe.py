@@ -17,7 +17,7 @@ from tests.support.engines import (
     TINY_MODEL,
     accepted_per_position,
     engine,
-    replace_what_the_interpreter_cannot_run,
+    replace_what_cannot_run_without_a_gpu,
     runner,
     token_ids,
 )
@@ -223,7 +223,7 @@ def half_a_cache() -> dict[str, Any]:
 
 
 def main() -> None:
-    replace_what_the_interpreter_cannot_run()
+    replace_what_cannot_run_without_a_gpu()
     print("RESULT", json.dumps(both_samplers() | one_draft() | half_a_cache()))
 
 
