@@ -20,7 +20,7 @@ test: setup
 test-versions: setup
 	.venv/bin/python scripts/test_versions.py
 
-# The kernels, compiled by the versions of Triton that come with other releases of PyTorch, and emulated.
+# The kernels, emulated: compiled for other GPUs, and by the versions of Triton that come with other releases of PyTorch.
 test-triton: setup
 	@scripts/test_triton.sh
 
