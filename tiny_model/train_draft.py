@@ -2,12 +2,14 @@
 
     python tiny_model/train_draft.py
 
-The draft starts from the checkpoint's own head and learns end-to-end TV on what the model itself writes. An interrupted
-run goes on where it stopped; the rollouts and checkpoints lie in .venv/tiny_draft.
+The checkpoint's own head has learnt one step only. So KL first makes a head that follows the model over all steps, and
+end-to-end TV then trains it for what counts, on what the model itself writes. An interrupted run goes on where it
+stopped; the rollouts and checkpoints lie in .venv/tiny_draft.
 """
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import corpus
@@ -22,7 +24,8 @@ SCRATCH = HERE.parent / ".venv" / "tiny_draft"
 
 PROMPTS_PER_DOMAIN = 128
 PROMPT_TOKENS, NEW_TOKENS = 48, 464
-SETTINGS = Settings(loss="e2e_tv", num_steps=5, learning_rate=1e-3, batch_rows=4, context=512, epochs=3)
+FIRST = Settings(loss="kl", num_steps=5, learning_rate=1e-3, batch_rows=4, context=512, epochs=3)
+SECOND = replace(FIRST, loss="e2e_tv", learning_rate=3e-4, epochs=1)
 
 
 def make_rollouts() -> Path:
@@ -40,8 +43,12 @@ def make_rollouts() -> Path:
 
 
 def main() -> None:
-    draft = SCRATCH / "draft"
-    train_draft(CHECKPOINT, [make_rollouts()], draft, SETTINGS)
+    rollouts = make_rollouts()
+    first, draft = SCRATCH / "first", SCRATCH / "draft"
+    kept = SCRATCH / "hidden_states"
+    if not first.exists():
+        train_draft(CHECKPOINT, [rollouts], first, FIRST, hidden_states=kept)
+    train_draft(CHECKPOINT, [rollouts], draft, SECOND, start=first, hidden_states=kept)
     shutil.rmtree(DRAFT, ignore_errors=True)
     shutil.copytree(draft, DRAFT)
 
