@@ -19,7 +19,7 @@ from vllm_bebop.kernels.device import (
     summarize_tile,
     take_ticket,
 )
-from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept_block
+from vllm_bebop.kernels.filtering import find_threshold, has_filter, load_filters, load_kept_block
 
 
 @triton.jit(do_not_specialize=["num_cached", "batch"])
@@ -96,7 +96,7 @@ def sample_kernel(
     is_drawn = in_batch
     if FILTERED:
         top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_read)
-        is_drawn = is_read & ~is_greedy & (((top_k > 0) & (top_k < vocab_size)) | (top_p < 1) | (min_p > 0))
+        is_drawn = is_read & ~is_greedy & has_filter(top_k, top_p, min_p, vocab_size)
         is_last = tl.max(is_drawn.to(tl.int32), axis=0) > 0
     else:
         logits, ids = summarize_tile(

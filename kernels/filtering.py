@@ -64,6 +64,12 @@ def load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, mask):
 
 
 @triton.jit
+def has_filter(top_k, top_p, min_p, vocab_size):
+    """[R]: which rows these leave a part of."""
+    return ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1) | (min_p > 0)
+
+
+@triton.jit
 def find_threshold(
     rows,
     mask,

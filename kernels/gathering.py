@@ -1,9 +1,13 @@
-"""What a step verifies: each request's scheduled drafts, and the first that the scheduler dropped under a grammar.
+"""What a step verifies: the drafts that were scheduled, and the first that the scheduler dropped under a grammar.
 
-A scheduler drops a draft that the grammar forbids, and all after it; and drafts for which it has no room. Were only the
-allowed ones verified, the law of structured outputs would be off by what q has outside the grammar. So the first that
-was dropped is verified too, whatever it is; of a forbidden one p has nothing. There is no row of logits behind its own:
-if it is accepted, the token after it means nothing. In Triton: `gathering_kernel`.
+A scheduler drops a draft that the grammar forbids, and all after it; one of which it does not know yet; and those for
+which it has no room. Were only the allowed ones verified, the law of structured outputs would be off by what q has
+outside the grammar. So the first that was dropped is verified too, whatever it is; of a forbidden one p has nothing.
+Behind its own row of logits there is none that counts (none at all, or one without a mask): if it is accepted, it is
+the last token of its round.
+
+A draft must be the one that was last drawn for its slot and position, since it is verified against the q kept there:
+any other, such as a placeholder of the scheduler's, is no draft. In Triton: `gathering_kernel`.
 """
 
 from dataclasses import dataclass
@@ -27,7 +31,7 @@ class GatheredDrafts:
 
     token_ids: Tensor  # [B, max_drafts] int64; -1: no draft
     num_drafts: Tensor  # [B] int64, with one that was dropped
-    num_scheduled: Tensor  # [B] int64, without
+    num_scheduled: Tensor  # [B] int64, without: as many may be accepted with a token of the target's behind them
     positions: Tensor  # [B] int64, of the first token being decided
 
 
@@ -43,21 +47,20 @@ def gather_drafts_reference(
 ) -> GatheredDrafts:
     """The twin of `gathering_kernel.gather_drafts`, which says what the arguments are."""
     first_rows, num_scheduled = row_offsets[:-1].long(), row_offsets.diff().long() - 1
-    token_ids = input_ids.long()
-    if cut_input_ids is not None:
-        is_first = (cut_input_ids < 0) & (cut_input_ids.roll(1) >= 0)
-        token_ids = token_ids.where(is_first, cut_input_ids.long())
     steps = torch.arange(max_drafts, device=input_ids.device)
     rows = (first_rows[:, None] + 1 + steps).clamp(max=len(input_ids) - 1)
-    token_ids = token_ids[rows].where(steps < num_scheduled[:, None], -1)
+    if cut_input_ids is not None:
+        is_uncut = (steps < num_scheduled[:, None]) & (cut_input_ids[rows] >= 0)
+        num_scheduled = is_uncut.long().cumprod(1).sum(1)
+    token_ids = input_ids.long()[rows].where(steps < num_scheduled[:, None], -1)
     positions = input_positions[first_rows].long() + 1
     num_drafts = num_scheduled
-    if drawn is not None and max_drafts > 0:
-        is_known = (slots >= 0) & (slots < len(drawn.token_ids)) & (num_scheduled < max_drafts)
-        slot, step = slots.long().where(is_known, 0), num_scheduled.where(is_known, 0)
-        is_current = drawn.positions[slot, step] == positions + step
-        is_dropped = is_known & is_current & drawn.has_grammar[slot]
-        put_back = drawn.token_ids[slot, step][:, None]
-        token_ids = put_back.where(is_dropped[:, None] & (steps == num_scheduled[:, None]), token_ids)
-        num_drafts = num_scheduled + is_dropped
+    if drawn is not None:
+        is_known = ((slots >= 0) & (slots < len(drawn.token_ids)))[:, None]
+        slot = slots.long().where(is_known[:, 0], 0)
+        is_current = is_known & (drawn.positions[slot] == positions[:, None] + steps)
+        is_dropped = is_current & drawn.has_grammar[slot, None] & (steps == num_scheduled[:, None])
+        is_drawn = is_current & (drawn.token_ids[slot] == token_ids) | is_dropped
+        token_ids = token_ids.where(~is_known, drawn.token_ids[slot].where(is_drawn, -1))
+        num_drafts = num_scheduled + is_dropped.sum(1)
     return GatheredDrafts(token_ids, num_drafts, num_scheduled, positions)

@@ -26,10 +26,11 @@ def gather_drafts(
             absolute position: the last token decided, then the drafts, of which -1 is none.
         row_offsets: [B + 1] int32 or int64: request r owns rows row_offsets[r] .. row_offsets[r + 1] - 1, one at least
             and max_drafts + 1 at most.
-        slots: [B] int32 or int64, each request's row of `drawn`; there is none of those outside it.
-        cut_input_ids: [N], dtype of input_ids: the same, with -1 from the first draft that the grammar rules out. That
-            one is kept, to be rejected.
-        drawn: what was drafted last; without it nothing is put back.
+        slots: [B] int32 or int64, each request's row of `drawn`. Drafts of a slot outside it are taken as they are:
+            they are one-hot, so any will do.
+        cut_input_ids: [N], dtype of input_ids: the same, with -1 from the first draft that the scheduler has not seen
+            to be allowed by the grammar. From there on they count as dropped.
+        drawn: what was drafted last; without it all drafts are taken as they are, and none is put back.
     Returns:
         GatheredDrafts.
     Raises:
@@ -111,24 +112,25 @@ def gather_kernel(
 
     steps = tl.arange(0, STEPS)
     row = first_row + 1 + steps
-    is_scheduled = steps < num_scheduled
-    token = tl.load(input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
     if cut_input_ids_ptr is not None:
-        cut = tl.load(cut_input_ids_ptr + row, mask=is_scheduled, other=-1).to(tl.int64)
-        before = tl.load(cut_input_ids_ptr + row - 1, mask=is_scheduled, other=-1).to(tl.int64)
-        token = tl.where((cut < 0) & (before >= 0), token, cut)
+        is_row = steps < num_scheduled
+        is_cut = is_row & (tl.load(cut_input_ids_ptr + row, mask=is_row, other=0) < 0)
+        num_scheduled = tl.min(tl.where(is_cut, steps, num_scheduled), axis=0)
+    token = tl.load(input_ids_ptr + row, mask=steps < num_scheduled, other=-1).to(tl.int64)
 
     num_drafts = num_scheduled
     if drawn_ids_ptr is not None:
         slot = tl.load(slots_ptr + request).to(tl.int64)
-        is_known = (slot >= 0) & (slot < num_slots) & (num_scheduled < max_drafts)
-        place = slot * max_drafts + num_scheduled
-        is_current = tl.load(drawn_positions_ptr + place, mask=is_known, other=-1) == position + num_scheduled
+        is_known = (slot >= 0) & (slot < num_slots)
+        place, is_place = slot * max_drafts + steps, is_known & (steps < max_drafts)
+        drawn = tl.load(drawn_ids_ptr + place, mask=is_place, other=-1)
+        drawn_position = tl.load(drawn_positions_ptr + place, mask=is_place, other=-1)
+        is_current = is_place & (drawn_position == position + steps)
         has_grammar = tl.load(has_grammar_ptr + slot, mask=is_known, other=0) != 0
-        is_dropped = is_known & is_current & has_grammar
-        dropped = tl.load(drawn_ids_ptr + place, mask=is_dropped, other=-1)
-        token = tl.where(is_dropped & (steps == num_scheduled), dropped, token)
-        num_drafts += is_dropped.to(tl.int64)
+        is_dropped = is_current & has_grammar & (steps == num_scheduled)
+        is_drawn = (is_current & (drawn == token)) | is_dropped
+        token = tl.where(is_known, tl.where(is_drawn, drawn, -1), token)
+        num_drafts += tl.sum(is_dropped.to(tl.int64), axis=0)
 
     tl.store(token_ids_ptr + request * max_drafts + steps, token, mask=steps < max_drafts)
     tl.store(num_drafts_ptr + request, num_drafts)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.device import NEG_INF, finite, load_statistics, merge_entropy, merge_logsumexp, uniform
-from vllm_bebop.kernels.filtering import find_threshold, load_filters, load_kept, load_kept_block
+from vllm_bebop.kernels.filtering import find_threshold, load_kept, load_kept_block
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.resampling import draft_log_prob, is_below_ratio, load_draft_threshold
 from vllm_bebop.kernels.verification_rows import (
@@ -29,9 +29,9 @@ def decide_row(
     target_row,
     bitmask_ptr,
     bitmask_row,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
+    top_k,
+    top_p,
+    min_p,
     draft_row,
     draft_ids,
     draft_logsumexp_ptr,
@@ -42,7 +42,6 @@ def decide_row(
     max_drafts,
     token,
     is_row,
-    is_request,
     is_read,
     has_draft,
     is_point_mass,
@@ -65,24 +64,22 @@ def decide_row(
 ):
     """Whether each row [R] accepts its draft token, from the statistics of its sub-blocks.
 
-    Stores what the rows are known by from here on: verdicts, and the planes of `rows`. With FILTERED it also finds the
-    rows' thresholds, and replaces the statistics by those of what they leave.
+    Stores what the rows are known by from here on: verdicts, and the planes of `rows`. With FILTERED, which is for rows
+    that have a filter, it finds their thresholds and replaces the statistics by those of what they leave.
     """
     block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
     block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
     num_nan = tl.sum(load_statistics(target_statistics + 2 * plane, is_row, num_blocks, PADDED_BLOCKS, 0.0), 1)
     threshold = tl.zeros_like(num_nan) + NEG_INF
     if FILTERED:
-        top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_request)
         largest = load_statistics(target_statistics + 3 * plane, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
         threshold, block_logsumexp, block_entropy = find_threshold(
-            target_row, is_read & ~is_greedy, inverse_target, bitmask_ptr, bitmask_row, top_k, top_p, min_p,
+            target_row, is_read, inverse_target, bitmask_ptr, bitmask_row, top_k, top_p, min_p,
             largest, block_logsumexp, block_entropy, vocab_size, SUB_BLOCK,
         )  # fmt: skip
         all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
         is_block = is_row[:, None] & (all_blocks < num_blocks)
         tl.store(target_statistics[:, None] + all_blocks, block_logsumexp, mask=is_block)
-        tl.store(rows + THRESHOLD * row_plane, threshold, mask=is_row)
     logsumexp_p = merge_logsumexp(block_logsumexp, is_greedy)
     entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp_p, is_greedy)
     logsumexp_q = tl.zeros_like(logsumexp_p)
@@ -143,6 +140,7 @@ def decide_row(
         argmax_prob = tl.where(is_point_mass, overlap, tl.exp(score - finite(logsumexp_p)))
     verdict = tl.where(accepts, ACCEPTED, tl.where(is_drawn, REJECTED, NO_DRAFT))
 
+    tl.store(rows + THRESHOLD * row_plane, threshold, mask=is_row)
     tl.store(rows + LSE_P * row_plane, logsumexp_p, mask=is_row)
     tl.store(rows + LSE_Q * row_plane, logsumexp_q, mask=is_row)
     tl.store(rows + ENTROPY * row_plane, entropy, mask=is_row)

@@ -2,7 +2,8 @@
 
 Only what was served counts: of each request that had a draft whose q is known, the steps up to and including the
 first rejection. At those the drafts stand on accepted tokens only, so that in the mean overlap = accepted / drafts
-(arXiv:2606.12370, Eq. 2; not with block verification, which decides drafts together). In Triton: `tally_kernel`.
+(arXiv:2606.12370, Eq. 2; not with block verification, which decides drafts together). With asynchronous scheduling
+vLLM begins a round more before it knows of a request's end; that one counts, too. In Triton: `tally_kernel`.
 """
 
 import torch

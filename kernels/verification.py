@@ -14,8 +14,9 @@ resolution looks at no row past the first rejection. Both forms give the same to
 
 With `block` the second launch also sums max(0, w p - q) over rows, and there is no third: see `block_kernel`.
 
-With top-k, top-p or min-p the decision of rows is a launch of its own: the search for a threshold needs registers that
-the pass over the logits does better without. Only sub-blocks that may hold kept tokens are read again: see `filtering`.
+Rows with top-k, top-p or min-p are decided once more, by a launch of their own: the search for a threshold needs
+registers that the pass over the logits does better without, and other rows are decided as if nobody had asked for it.
+Only sub-blocks that may hold kept tokens are read again: see `filtering`.
 
 q costs no pass over the draft's logits where its logsumexp is kept from drafting: log q is then a look-up.
 Scheme, random streams and counters are those of `reference.verify_reference`.
@@ -151,7 +152,7 @@ def verify(
         raise ValueError("draft_token_ids is not contiguous in its last dimension")
     num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
     check_integers("num_draft_tokens", num_draft_tokens, (batch,), device)
-    num_cached = num_slots
+    num_cached = 0  # without draft_logits every draft is one-hot
     if draft_logits is not None:
         width = vocab_size if draft_ids is None else num_candidates(vocab_size)
         check_rows("draft_logits", draft_logits, (None, max_drafts, width), device)
@@ -216,7 +217,18 @@ def verify(
     per_program = requests_per_program(batch, tile * sub_block)
     tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
 
-    def launch(num_tiles: int, num_steps: int, num_warps: int, **parts: bool) -> None:
+    def launch(
+        num_tiles: int,
+        num_steps: int,
+        num_warps: int,
+        *,
+        statistics: bool = False,
+        decision: bool = False,
+        resolution: bool = False,
+        residual: bool = False,
+        block: bool = False,
+        filtered: bool = filters.are_asked_for,
+    ) -> None:
         verify_kernel[(num_tiles, groups, num_steps)](
             target_logits,
             target_logits.stride(0),
@@ -266,12 +278,12 @@ def verify(
             max_drafts,
             vocab_size,
             num_blocks,
-            STATISTICS=parts.get("statistics", False),
-            DECISION=parts.get("decision", False),
-            RESOLUTION=parts.get("resolution", False),
-            RESIDUAL=parts.get("residual", False),
-            BLOCK=parts.get("block", False),
-            FILTERED=filters.are_asked_for,
+            STATISTICS=statistics,
+            DECISION=decision,
+            RESOLUTION=resolution,
+            RESIDUAL=residual,
+            BLOCK=block,
+            FILTERED=filtered,
             NUM_THINNING_ROUNDS=reference.NUM_THINNING_ROUNDS,
             SUB_BLOCK=sub_block,
             TILE=tile,
@@ -283,17 +295,17 @@ def verify(
         )
 
     # What a bitmask, or a tile of p and one of q, keep per thread must fit registers: then 512 threads share it, 64 of
-    # which are a warp of a data-centre AMD GPU. Where somebody in the batch has a bitmask or a filter, other numbers of
-    # threads therefore sum up a row, and may round otherwise: the law is the same, a token may, very rarely, differ.
+    # which are a warp of a data-centre AMD GPU. With a bitmask, other numbers of threads therefore sum up a row than
+    # without, and may round otherwise: a token may, very rarely, differ. (vLLM masks its logits itself.)
     wide = 8 if torch.version.hip else 16
-    num_warps = 8 if bitmask is None else wide
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for
+    launch(
+        tiles, max_drafts + 1, 8 if bitmask is None else wide,
+        statistics=True, decision=True, resolution=single_launch, filtered=False,
+    )  # fmt: skip
     if filters.are_asked_for:
-        launch(tiles, max_drafts + 1, num_warps, statistics=True)
         launch(1, max_drafts + 1, num_warps=4, decision=True)
-    else:
-        launch(tiles, max_drafts + 1, num_warps, statistics=True, decision=True, resolution=single_launch)
     if is_block:
         launch(tiles, max_drafts, wide, block=True, resolution=True)
         return out

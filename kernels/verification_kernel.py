@@ -5,6 +5,7 @@ import triton.language as tl
 
 from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, weigh_block
 from vllm_bebop.kernels.device import GREEDY_TEMPERATURE, NEG_INF, load_statistics, pick, summarize_tile, take_ticket
+from vllm_bebop.kernels.filtering import has_filter, load_filters
 from vllm_bebop.kernels.resampling import draw_from_residual, draw_last_token, load_draft_threshold, store_residual_sums
 from vllm_bebop.kernels.row_decision import decide_row
 from vllm_bebop.kernels.verification_rows import ACCEPTED, LSE_P, LSE_Q, REJECTED, THRESHOLD, store_output
@@ -83,8 +84,8 @@ def verify_kernel(
     """Any of the five parts; the caller launches statistics, decision and resolution separately or together, and BLOCK
     together with the resolution.
 
-    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The decision alone has one tile, the resolution
-    alone one tile and one step, the residual one step; BLOCK has no program for the bonus row.
+    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The decision alone, then FILTERED, has one tile,
+    the resolution alone one tile and one step, the residual one step; BLOCK has no program for the bonus row.
     """
     tile = tl.program_id(0)
     group = tl.program_id(1)
@@ -170,14 +171,20 @@ def verify_kernel(
 
     # --- Decision of one row, by the last of its tiles to arrive.
     if DECISION:
+        top_k, top_p, min_p = None, None, None
+        if FILTERED:  # all rows have been decided without; here only those that have a filter
+            top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_request)
+            is_row = is_row & is_request & ~is_greedy & has_filter(top_k, top_p, min_p, vocab_size)
+            is_read = is_read & is_row
+            arrived = tl.max(is_row.to(tl.int32), axis=0)
         if (arrived > 0) & (arrived < SKIPPED):
             draft_statistics = None
             if draft_statistics_ptr is not None:
                 draft_statistics = draft_statistics_ptr + row_index * num_blocks
             accepts = decide_row(
-                target_row, bitmask_ptr, bitmask_row, top_k_ptr, top_p_ptr, min_p_ptr, draft_row, draft_ids,
+                target_row, bitmask_ptr, bitmask_row, top_k, top_p, min_p, draft_row, draft_ids,
                 draft_logsumexp_ptr, draft_argmax_ptr, draft_threshold_ptr, slot, step, max_drafts, token, is_row,
-                is_request, is_read, has_draft, is_point_mass, is_greedy, seed, first_position + step, inverse_target,
+                is_read, has_draft, is_point_mass, is_greedy, seed, first_position + step, inverse_target,
                 inverse_draft, target_statistics, draft_statistics, plane, rows, row_plane, verdicts_ptr + row_index,
                 num_blocks, vocab_size, FILTERED, SUB_BLOCK, PADDED_BLOCKS,
             )  # fmt: skip

@@ -43,7 +43,7 @@ def test_reference_puts_back_the_first_that_was_dropped_under_a_grammar_and_noth
     assert found.num_scheduled.tolist() == [3, 1, 1, 1, 0, 1]
     assert found.num_drafts.tolist() == [3, 2, 1, 1, 0, 1]
     assert found.positions.tolist() == [20, 20, 20, 20, 21, 20]
-    expected = [[1, 2, 3], [2, 3, -1], [3, -1, -1], [4, -1, -1], [-1, -1, -1], [8, -1, -1]]
+    expected = [[1, 2, 3], [2, 3, -1], [-1, -1, -1], [4, -1, -1], [-1, -1, -1], [8, -1, -1]]
     assert found.token_ids.tolist() == expected
     input_positions[10] = 19
     found = gather_drafts_reference(input_ids, input_positions, row_offsets, slots, 3, drawn=drawn)
@@ -51,13 +51,29 @@ def test_reference_puts_back_the_first_that_was_dropped_under_a_grammar_and_noth
     assert found.token_ids[4].tolist() == [5, -1, -1]
 
 
-def test_reference_keeps_the_first_draft_that_is_cut() -> None:
+def test_reference_lets_nothing_follow_the_first_draft_that_is_cut() -> None:
+    """The grammar may allow it: then it is accepted, but the row behind it has no mask to draw another token by."""
     input_ids = torch.tensor([9, 1, 2, 3, 9, 4, 5, 6], device=DEVICE)
     cut = torch.tensor([9, 1, -1, -1, 9, -1, -1, -1], device=DEVICE)
     row_offsets, slots = torch.tensor([0, 4, 8], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
-    found = gather_drafts_reference(input_ids, input_ids, row_offsets, slots, 3, cut_input_ids=cut)
+    positions = torch.full((8,), 19, device=DEVICE)
+    drawn = drawn_drafts([[1, 2, 3], [4, 5, 6]], first_positions=[20, 20], has_grammar=[True, True])
+    found = gather_drafts_reference(input_ids, positions, row_offsets, slots, 3, cut_input_ids=cut, drawn=drawn)
     assert found.token_ids.tolist() == [[1, 2, -1], [4, -1, -1]]
-    assert found.num_drafts.tolist() == found.num_scheduled.tolist() == [3, 3]
+    assert found.num_drafts.tolist() == [2, 1] and found.num_scheduled.tolist() == [1, 0]
+    one_hot = gather_drafts_reference(input_ids, positions, row_offsets, slots, 3, cut_input_ids=cut)
+    assert one_hot.token_ids.tolist() == [[1, -1, -1], [-1, -1, -1]]
+    assert one_hot.num_drafts.tolist() == one_hot.num_scheduled.tolist() == [1, 0]
+
+
+def test_reference_takes_no_draft_that_was_not_drawn() -> None:
+    """Such as a scheduler's placeholders for a new request: the slot still holds the q of the one before."""
+    input_ids = torch.tensor([9, 0, 0, 9, 1, 7, 9, 3, 4], device=DEVICE)
+    row_offsets, slots = torch.tensor([0, 3, 6, 9], device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
+    drawn = drawn_drafts([[0, 0], [1, 2], [3, 4]], first_positions=[-1, 20, 20], has_grammar=[False, False, False])
+    found = gather_drafts_reference(input_ids, torch.full_like(input_ids, 19), row_offsets, slots, 2, drawn=drawn)
+    assert found.token_ids.tolist() == [[-1, -1], [1, -1], [3, 4]]
+    assert found.num_drafts.tolist() == found.num_scheduled.tolist() == [2, 2, 2]
 
 
 @runs_kernels
@@ -87,14 +103,20 @@ def test_gather_drafts_equals_reference(batch: int, max_drafts: int, integers: t
         (random(0, 2, num_slots) == 1).to(DEVICE),
     )
     slots = torch.randperm(max(batch, 1), generator=generator)[:batch] - 1  # outside `drawn` on both sides
+    for request in range(0, batch, 2):  # every second has its own drafts
+        row, slot, count = int(row_offsets[request]), int(slots[request]), int(num_scheduled[request])
+        if 0 <= slot < num_slots:
+            input_ids[row + 1 : row + 1 + count] = drawn.token_ids[slot, :count].cpu()
     given = [tensor.to(DEVICE, integers) for tensor in (input_ids, input_positions, row_offsets, slots)]
-    num_put_back = 0
+    slots, num_put_back, num_taken = slots.to(DEVICE), 0, 0
     for options in ({}, {"drawn": drawn}, {"cut_input_ids": cut.to(DEVICE, integers), "drawn": drawn}):
         ours, eager = (gather(*given, max_drafts, **options) for gather in (gather_drafts, gather_drafts_reference))
         for name in ("token_ids", "num_drafts", "num_scheduled", "positions"):
             assert torch.equal(getattr(ours, name), getattr(eager, name)), name
         num_put_back += int((ours.num_drafts > ours.num_scheduled).sum())
-    assert num_put_back > 0 or batch < 200 or max_drafts == 0
+        if options:
+            num_taken += int((ours.token_ids[(slots >= 0) & (slots < num_slots)] >= 0).sum())
+    assert num_taken > num_put_back > 0 or batch < 200 or max_drafts == 0
 
 
 @runs_kernels

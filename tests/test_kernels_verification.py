@@ -229,6 +229,19 @@ def test_verify_does_not_depend_on_the_batch(monkeypatch, form: dict) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("block", [False, True])
+def test_verify_does_not_depend_on_filters_of_others(block: bool) -> None:
+    """A neighbour's top-k and top-p change neither a token nor the last bit of a statistic."""
+    values = with_draft_statistics(case(9, 2, 151_936, torch.bfloat16))
+    asks = torch.arange(9, device=DEVICE) % 3 == 0
+    filters = Filters(top_k=asks.int() * 50, top_p=torch.where(asks, 0.8, 1.0))
+    others = (~asks).nonzero().flatten()
+    filtered, plain = verify(**values, filters=filters, block=block), verify(**values, block=block)
+    assert_bitwise_equal(select_output(filtered, others), select_output(plain, others))
+    assert (filtered.target_entropy_nats[asks, 0] < plain.target_entropy_nats[asks, 0]).any()
+
+
+@runs_kernels
 @pytest.mark.parametrize("single_launch", [False, True])
 def test_verify_reuses_a_workspace(single_launch: bool) -> None:
     workspace = poisoned(40, 4, 300)

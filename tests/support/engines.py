@@ -47,7 +47,10 @@ def environment_for_every_family() -> dict[str, str]:
 
 
 def replace_what_cannot_run_without_a_gpu() -> None:
-    """Pinned memory; and, in the interpreter, vLLM's top-k/top-p kernel, which it has in PyTorch too."""
+    """Pinned memory; and, in the interpreter, vLLM's top-k/top-p kernel, which it has in PyTorch too.
+
+    An emulated engine also schedules asynchronously, as on a GPU; an interpreted one waits for each step, as on a CPU.
+    """
     if not on_cpu():
         return
     from vllm.v1.sample.ops import topk_topp_sampler
@@ -56,12 +59,27 @@ def replace_what_cannot_run_without_a_gpu() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
         topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
+    else:
+        _leave_asynchronous_scheduling_on()
 
     # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
     def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         return torch.tensor(*args, **kwargs)
 
     structured_outputs.torch = SimpleNamespace(**vars(torch) | {"tensor": unpinned})
+
+
+def _leave_asynchronous_scheduling_on() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def update_the_rest(platform: Any, vllm_config: Any) -> None:
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        update(platform, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asynchronous
+
+    CpuPlatform.check_and_update_config = classmethod(update_the_rest)
 
 
 def unsupported_families() -> dict[str, str]:

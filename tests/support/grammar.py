@@ -39,9 +39,11 @@ def unsuited_head(llm: Any, prompt: list[int]) -> Iterator[None]:
     del head.compute_logits
 
 
-def sample(llm: Any, prompt: Sequence[int], num_samples: int, first_seed: int) -> list[tuple[int, ...]]:
+def sample(llm: Any, prompt: Sequence[int], num_samples: int, first_seed: int, **params: Any) -> list[tuple[int, ...]]:
     """As `laws.sample`."""
     from vllm.sampling_params import StructuredOutputsParams
 
     grammar = StructuredOutputsParams(regex=f"[{_CHARACTERS}]{{{_LENGTH},{_LENGTH + 20}}}")
-    return laws.sample(llm, prompt, num_samples, first_seed, temperature=TEMPERATURE, structured_outputs=grammar)
+    return laws.sample(
+        llm, prompt, num_samples, first_seed, **{"temperature": TEMPERATURE, "structured_outputs": grammar} | params
+    )

@@ -2,9 +2,9 @@
 
 V2 is chosen by the environment before vLLM is imported, and without a GPU its kernels are interpreted or emulated:
 hence a process of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens
-and log-probabilities of both samplers (the fused kernels and the reference); greedy tokens with one draft a round; and,
-with a cache of candidates for half of the requests, greedy tokens and the p-values of the law of the first tokens,
-honest and with a planted fault; which kernels were compiled at the start and later.
+and log-probabilities of both samplers (the fused kernels and the reference); what a crowd under a grammar is served;
+greedy tokens with one draft a round; with a cache of candidates for half of the requests, greedy tokens and the
+p-values of the law of the first tokens, honest and with a planted fault; which kernels were compiled, and when.
 """
 
 import json
@@ -184,6 +184,22 @@ def note_compilations() -> list[str]:
     return names
 
 
+def crowded_grammar() -> dict[str, Any]:
+    """Tokens that the grammar forbids, and the length of each answer, where a step has room for half of the drafts.
+
+    The other requests sit out a step after they have drafted: asynchronous scheduling never sees those drafts.
+    """
+    num_requests = 16
+    with engine(BEBOP, **OPTIONS | {"max_num_seqs": num_requests, "max_num_batched_tokens": 2 * num_requests}) as llm:
+        is_asynchronous = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        prompt, allowed = llm.get_tokenizer().encode(LAW_PROMPT)[-2:], grammar.allowed_tokens(llm)
+        with grammar.unsuited_head(llm, prompt):
+            drawn = grammar.sample(llm, prompt, 3 * num_requests, first_seed=0, max_tokens=MAX_TOKENS)
+    forbidden = [token for tokens in drawn for token in tokens if token not in allowed]
+    lengths = [len(tokens) for tokens in drawn]
+    return {"crowd": {"is_asynchronous": is_asynchronous, "forbidden": forbidden, "lengths": lengths}}
+
+
 def one_draft() -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -211,6 +227,7 @@ def half_a_cache() -> dict[str, Any]:
         result["greedy"] = token_ids(llm.generate(PROMPTS, greedy, use_tqdm=False))
         prompt = llm.get_tokenizer().encode(LAW_PROMPT)
         drawn = laws.sample(llm, prompt, NUM_SAMPLES, first_seed=0, temperature=1.0)
+        result["num_requests"] = len(PROMPTS) + NUM_SAMPLES
         result["honest"] = laws.p_values(drawn, TINY_MODEL, prompt)
         result["totals"] = llm.collective_rpc("bebop_totals")[0]
         result["rounds"], result["accepted"] = accepted_per_position(llm)
@@ -224,7 +241,7 @@ def half_a_cache() -> dict[str, Any]:
 
 def main() -> None:
     replace_what_cannot_run_without_a_gpu()
-    print("RESULT", json.dumps(both_samplers() | one_draft() | half_a_cache()))
+    print("RESULT", json.dumps(both_samplers() | crowded_grammar() | one_draft() | half_a_cache()))
 
 
 if __name__ == "__main__":

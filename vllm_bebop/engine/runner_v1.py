@@ -31,7 +31,7 @@ from vllm_bebop.kernels.backend import Backend
 from vllm_bebop.kernels.filters import Filters
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import GREEDY_TEMPERATURE
-from vllm_bebop.kernels.tally import new_totals, tally_reference
+from vllm_bebop.kernels.tally import new_totals
 
 logger = logging.getLogger("vllm.bebop")
 
@@ -175,6 +175,7 @@ class Drafts(NamedTuple):
     """The drafts of a batch, for verification."""
 
     num_tokens: torch.Tensor  # [B], with those that the scheduler dropped
+    num_scheduled: torch.Tensor  # [B], without: as many may be accepted with a token of the target's behind them
     token_ids: torch.Tensor  # [B, num_speculative_tokens] int64; -1: rejected
     q: Q | None  # [B, num_speculative_tokens]; None: every draft is one-hot
     one_hot: torch.Tensor  # [B] bool
@@ -223,11 +224,11 @@ class BebopRejectionSampler(RejectionSampler):
             block=self.in_blocks,
             **q,
         )
-        num_accepted = torch.minimum(verification.num_accepted, num_draft_tokens)
-        tally_reference(replace(verification, num_accepted=num_accepted), self.totals)
+        num_accepted = torch.minimum(verification.num_accepted, drafts.num_scheduled)
+        self.backend.tally(replace(verification, num_accepted=num_accepted), self.totals)
         token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
-        is_past = torch.arange(token_ids.shape[1], device=logits.device) > num_draft_tokens[:, None]
-        token_ids.masked_fill_(is_past, -1)  # one token for each row of logits, should a dropped draft be accepted
+        is_past = torch.arange(token_ids.shape[1], device=logits.device) > drafts.num_scheduled[:, None]
+        token_ids.masked_fill_(is_past, -1)  # should a dropped draft be accepted: behind it no row counts
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             final = processed if self.is_processed_logprobs_mode else logits.float()
@@ -263,22 +264,24 @@ class BebopRejectionSampler(RejectionSampler):
         def flags(values: list[bool]) -> torch.Tensor:
             return torch.tensor(values, device=num_scheduled.device)
 
-        # With asynchronous scheduling, -1 is a draft that was dropped; so are all that nothing is known of.
+        # Only what was drawn for these positions is a draft, since it is verified against the q of that draw. With
+        # asynchronous scheduling, -1 is a draft that was dropped, and 0 was fed in its place.
         steps = torch.arange(self.num_steps, device=num_scheduled.device)
+        nothing = torch.full_like(steps, -1)
+        drawn = torch.stack([nothing if draft is None else draft.token_ids for draft in drafts])
+        drawn_for = torch.stack([nothing[0] if draft is None else draft.first_position for draft in drafts])
+        is_scheduled = (steps < num_scheduled[:, None]) & (drawn_for == first_positions)[:, None]
         scheduled = F.pad(metadata.draft_token_ids.long(), (0, self.num_steps), value=-1)
         first = metadata.cu_num_draft_tokens.long() - num_scheduled
-        is_scheduled = (steps < num_scheduled[:, None]) & flags([draft is not None for draft in drafts])[:, None]
-        token_ids = scheduled[first[:, None] + steps].where(is_scheduled, -1)
+        token_ids = drawn.where(is_scheduled & (scheduled[first[:, None] + steps] == drawn), -1)
 
         num_tokens = num_scheduled
         dropped = self.requests.were_dropped(drafts, first_positions)
         if dropped is not None:
             step = (token_ids >= 0).long().cumprod(1).sum(1)
-            nothing = torch.full_like(steps, -1)
-            drawn = torch.stack([nothing if draft is None else draft.token_ids for draft in drafts])
-            is_put_back = (steps == step[:, None]) & dropped[:, None]
-            token_ids = drawn.where(is_put_back, token_ids)
+            token_ids = drawn.where((steps == step[:, None]) & dropped[:, None], token_ids)
             num_tokens = num_scheduled + (dropped & (step == num_scheduled) & (step < self.num_steps))
+            num_scheduled = step.where(dropped, num_scheduled)
 
         known = [draft.q for draft in drafts if draft is not None and draft.q is not None]
         q = None
@@ -287,7 +290,7 @@ class BebopRejectionSampler(RejectionSampler):
             rows = [unknown if draft is None or draft.q is None else draft.q for draft in drafts]
             q = Q(*(torch.stack(each) for each in zip(*rows, strict=True)))
         one_hot = flags([draft is not None and draft.q is None for draft in drafts])
-        return Drafts(num_tokens, token_ids, q, one_hot)
+        return Drafts(num_tokens, num_scheduled, token_ids, q, one_hot)
 
 
 def _apply_policy(

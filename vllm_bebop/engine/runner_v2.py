@@ -252,7 +252,8 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     sampler = rejection_sampler.sampler
     logits = _logits_to_sample(sampler, given | {"input_ids": given["draft_sampled"]})
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1. With asynchronous
-    # scheduling, -1 from the first draft that a grammar rules out.
+    # scheduling, -1 in `verify_draft_sampled` from the first draft that the scheduler has not seen to be allowed by a
+    # grammar: the rows behind it carry no mask.
     verification, num_scheduled = _verified(
         ours, sampler, given, logits, given["idx_mapping"], given["cu_num_logits"], given.get("verify_draft_sampled")
     )
@@ -340,7 +341,8 @@ def _add_request(states: Any, given: Arguments) -> bool:
     if states.bebop.cache is not None:
         states.bebop.cache.start(slot, given["sampling_params"].structured_outputs is not None)
     alone = np.array([slot])
-    wants_logprobs = states.max_num_logprobs(alone) >= 0
+    scored_ids = getattr(given["sampling_params"], "logprob_token_ids", None)  # since 0.29
+    wants_logprobs = states.max_num_logprobs(alone) >= 0 or bool(scored_ids)
     wants_processed = wants_logprobs or states.bebop_returns_mask
     is_left = states.min_p.np[slot] != 0.0 or (wants_processed and _any_is_filtered(states, alone))
     return bool(states.temperature.np[slot] != 0.0 and is_left)

@@ -44,9 +44,11 @@ def _worker_over(base: type) -> type:
             self._totals = _seams(self).upgrade_sampling(self.model_runner, config)
 
         def compile_or_warm_up_model(self) -> Any:
+            if self._totals is None:
+                return super().compile_or_warm_up_model()
+            counted = self._totals.clone()
             times = super().compile_or_warm_up_model()
-            if self._totals is not None:
-                self._totals.zero_()  # requests made up for the warm-up do not count
+            self._totals.copy_(counted)  # requests made up for the warm-up do not count
             return times
 
         def bebop_totals(self) -> dict[str, list[float]] | None:
