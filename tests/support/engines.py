@@ -162,3 +162,8 @@ def accepted_per_position(llm: Any) -> tuple[int, list[int]]:
         elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
             accepted = list(metric.values)
     return rounds, accepted
+
+
+def num_finished(llm: Any) -> int:
+    """Requests that have ended since the engine started."""
+    return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:request_success"))

@@ -10,10 +10,11 @@ from tests.support.engines import (
     BEBOP,
     accepted_per_position,
     engine,
+    num_finished,
     replace_what_cannot_run_without_a_gpu,
     runner,
 )
-from tests.support.v2_probe import OPTIONS, answers
+from tests.support.v2_probe import OPTIONS, answers, crowded_grammar
 from vllm_bebop.kernels.backend import Backend
 
 
@@ -25,12 +26,13 @@ def answered(backend: Backend | None = None) -> dict[str, Any]:
             place.backend = backend or place.backend
         result = {"backend": inside.rejection_sampler.backend.name} | json.loads(json.dumps(answers(llm)))
         accepted = accepted_per_position(llm)[1]
-        return result | {"totals": llm.collective_rpc("bebop_totals")[0], "accepted": accepted}
+        totals = llm.collective_rpc("bebop_totals")[0]
+        return result | {"totals": totals, "accepted": accepted, "num_finished": num_finished(llm)}
 
 
 def main() -> None:
     replace_what_cannot_run_without_a_gpu()
-    print("RESULT", json.dumps(answered()))
+    print("RESULT", json.dumps(answered() | crowded_grammar()))
 
 
 if __name__ == "__main__":

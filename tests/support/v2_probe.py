@@ -17,6 +17,7 @@ from tests.support.engines import (
     TINY_MODEL,
     accepted_per_position,
     engine,
+    num_finished,
     replace_what_cannot_run_without_a_gpu,
     runner,
     token_ids,
@@ -200,6 +201,11 @@ def crowded_grammar() -> dict[str, Any]:
     return {"crowd": {"is_asynchronous": is_asynchronous, "forbidden": forbidden, "lengths": lengths}}
 
 
+def assert_crowd_was_served(crowd: dict[str, Any]) -> None:
+    """vLLM ends a request with an error at a token that its grammar forbids."""
+    assert crowd["forbidden"] == [] and set(crowd["lengths"]) == {MAX_TOKENS}
+
+
 def one_draft() -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -227,10 +233,10 @@ def half_a_cache() -> dict[str, Any]:
         result["greedy"] = token_ids(llm.generate(PROMPTS, greedy, use_tqdm=False))
         prompt = llm.get_tokenizer().encode(LAW_PROMPT)
         drawn = laws.sample(llm, prompt, NUM_SAMPLES, first_seed=0, temperature=1.0)
-        result["num_requests"] = len(PROMPTS) + NUM_SAMPLES
         result["honest"] = laws.p_values(drawn, TINY_MODEL, prompt)
         result["totals"] = llm.collective_rpc("bebop_totals")[0]
         result["rounds"], result["accepted"] = accepted_per_position(llm)
+        result["num_finished"] = num_finished(llm)
         # The planted fault: accept every draft. In the reference, since a compiled kernel cannot be changed.
         use(llm, plain())
         reference._is_below_ratio = lambda u, log_a, log_b: u > 0
