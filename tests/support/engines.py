@@ -60,7 +60,7 @@ def replace_what_cannot_run_without_a_gpu() -> None:
         in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
         topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
     else:
-        _leave_asynchronous_scheduling_on()
+        leave_asynchronous_scheduling_on()
 
     # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
     def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
@@ -69,7 +69,8 @@ def replace_what_cannot_run_without_a_gpu() -> None:
     structured_outputs.torch = SimpleNamespace(**vars(torch) | {"tensor": unpinned})
 
 
-def _leave_asynchronous_scheduling_on() -> None:
+def leave_asynchronous_scheduling_on() -> None:
+    """As on a GPU; vLLM turns it off on a CPU."""
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config.__func__
