@@ -6,13 +6,14 @@ common ones do at the low end of a BPE vocabulary. Acceptance is exact: sum min(
 to its candidates.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import ROOT, conditions
 from torch import Tensor
 
+from vllm_bebop.durable import write_json
 from vllm_bebop.kernels.candidates import (
     GROUP,
     NUM_KEPT,
@@ -88,10 +89,11 @@ def main() -> None:
         "bytes_per_draft_full": full_bytes,
         "bytes_per_draft_candidates": candidate_bytes,
         "results": results,
+        "conditions": conditions(("torch",), [ROOT / "kernels" / "candidates.py", Path(__file__)]),
         "notes": ["Synthetic rows, see the script; acceptance is the exact expectation, not a count."],
         "command": "python benchmarks/bench_candidates.py",
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

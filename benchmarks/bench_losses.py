@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from vllm_bebop import generate
-from vllm_bebop.bench.conditions import describe, write_json
+from vllm_bebop.bench.conditions import describe
+from vllm_bebop.durable import write_json
 from vllm_bebop.train.data import Documents, PackedRows, Row, load_documents
 from vllm_bebop.train.evaluate import evaluate, texts
 from vllm_bebop.train.heads import MTPHead, load_head

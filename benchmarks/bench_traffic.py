@@ -98,7 +98,7 @@ def traffic() -> None:
     from kernel_cases import TEMPERATURE, TRAFFIC_POINT, make_case
     from kernel_implementations import bebop_step, vllm_v2
 
-    from vllm_bebop.bench.conditions import write_json
+    from vllm_bebop.durable import write_json
 
     batch, num_drafts, vocab_size = TRAFFIC_POINT
     case = make_case(TRAFFIC_POINT, "cpu")

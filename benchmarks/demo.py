@@ -14,9 +14,10 @@ from typing import Any
 
 from openai import OpenAI
 
-from vllm_bebop.bench.conditions import MEND_CPU, MEND_CPU_NOTE, command_line, commit, describe, on_cpu, write_json
+from vllm_bebop.bench.conditions import MEND_CPU, MEND_CPU_NOTE, command_line, commit, describe, on_cpu
 from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, builtin_texts, tokenise
 from vllm_bebop.bench.server import ProgressLine, Server, wait_until_ready
+from vllm_bebop.durable import write_json
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tiny_model" / "checkpoint"

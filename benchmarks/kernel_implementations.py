@@ -13,7 +13,7 @@ import torch
 from kernel_cases import BYTES_PER_LOGIT, Case
 from torch import Tensor
 
-OURS, OURS_IN_VLLM, VLLM_V2 = "bebop", "bebop, as in vLLM", "vLLM V2"
+OURS, OURS_IN_VLLM, VLLM_V2 = "bebop's kernels", "bebop in vLLM", "vLLM V2"
 # Compiling takes longer than all else, and every size is compiled for itself.
 COMPILED_DRAFTS = 3
 
@@ -33,7 +33,8 @@ class LeftOut(Exception):
 
 
 def bebop(case: Case) -> Implementation:
-    """The logits already are in the draft cache, where the GEMM can write them; one launch verifies."""
+    """The kernels alone: the logits are in the draft cache, as if the GEMM had written them there (vLLM's cannot), and
+    one launch verifies."""
     return bebop_step(case, as_in_vllm=False, single_launch=True)
 
 

@@ -8,14 +8,14 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_bebop.bench.conditions import command_line, commit, device_name, write_json
+from vllm_bebop.bench.conditions import command_line, commit, device_name
+from vllm_bebop.durable import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,13 +45,6 @@ def conditions(packages: Iterable[str], sources: Iterable[Path]) -> Entry:
         "code_sha256": digest.hexdigest()[:16],
         "commit": commit(),
     }
-
-
-def device_slug() -> str:
-    """For file names: "h100" for an "NVIDIA H100 80GB HBM3", "cpu" without a GPU."""
-    words = [word for word in re.split(r"[^a-z0-9]+", device_name().lower()) if word not in ("nvidia", "amd", "")]
-    models = [word for word in words if re.search(r"[a-z]\d|\d{3}", word)]
-    return "cpu" if words[0] == "cpu" else (models or words)[0]
 
 
 class ResultFile:

@@ -18,6 +18,16 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}")
 
 
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
+
+
+def check_unit_stride(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} is not contiguous in its last dimension")
+
+
 def check_logits(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
     check_tensor(name, tensor, shape, None, device)
     if not tensor.is_floating_point():
@@ -31,16 +41,15 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int | None, ...], device:
     check_logits(name, tensor, shape, device)
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} is not contiguous in its last dimension")
+    check_unit_stride(name, tensor)
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
     check_tensor(name, tensor, shape, None, device)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64")
-    if tensor.dim() == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
-        raise ValueError(f"{name} is not contiguous")
+    if tensor.dim() == 1:
+        check_contiguous(name, tensor)
 
 
 def check_requests(
@@ -54,9 +63,8 @@ def check_requests(
         num_slots = temperature.shape[0] if temperature.dim() else 0
     check_tensor("temperature", temperature, (num_slots,), torch.float32, device)
     check_tensor("seeds", seeds, (num_slots,), torch.int64, device)
-    for name, tensor in (("temperature", temperature), ("seeds", seeds)):
-        if tensor.numel() > 1 and tensor.stride(0) != 1:
-            raise ValueError(f"{name} is not contiguous")
+    check_contiguous("temperature", temperature)
+    check_contiguous("seeds", seeds)
     return num_slots
 
 

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_bebop.kernels.arguments import check_integers, check_rows, check_tensor
+from vllm_bebop.kernels.arguments import (
+    check_contiguous,
+    check_integers,
+    check_rows,
+    check_tensor,
+)
 from vllm_bebop.kernels.candidates import GROUP, NUM_KEPT, Candidates, num_candidates
 from vllm_bebop.kernels.device import NEG_INF, to_scores
 from vllm_bebop.kernels.launch import OPTIONS, requests_per_program
@@ -44,8 +49,7 @@ def find_candidates(
     out = Candidates(out.ids[:batch], out.logits[:batch])
     if cache_ids is not None:
         check_tensor("cache_ids", cache_ids, (None, None, num_kept), torch.int32, device)
-        if not cache_ids.is_contiguous():
-            raise ValueError("cache_ids is not contiguous")
+        check_contiguous("cache_ids", cache_ids)
         if slots is None or step is None:
             raise ValueError("slots and step are needed to write cache_ids")
         check_integers("slots", slots, (batch,), device)

@@ -1,4 +1,4 @@
-"""Device functions of both kernels: scores, noise, the statistics of sub-blocks and how a row's are merged.
+"""Device functions of the samplers' kernels: scores, noise, statistics of sub-blocks and how a row's are merged.
 
     L_j = log sum_{v in j} e^z_v         H_j = entropy inside sub-block j             (stored per sub-block)
     L   = log sum_j e^L_j                H   = sum_j P_j (H_j - log P_j),  P_j = e^(L_j - L)

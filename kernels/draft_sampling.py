@@ -16,7 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_requests, check_rows, check_tensor
+from vllm_bebop.kernels.arguments import (
+    check_integers,
+    check_num_rows,
+    check_requests,
+    check_rows,
+    check_tensor,
+    check_unit_stride,
+)
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
@@ -115,8 +122,7 @@ def sample(
         check_integers("rounds", rounds, (batch,), device)
     if ids is not None:
         check_tensor("ids", ids, (batch, vocab_size), torch.int32, device)
-        if vocab_size > 1 and ids.stride(1) != 1:
-            raise ValueError("ids is not contiguous in its last dimension")
+        check_unit_stride("ids", ids)
     num_cached = num_slots
     for name, tensor, shape, dtype in (
         ("cache", cache, (None, None, vocab_size), logits.dtype),
@@ -132,8 +138,7 @@ def sample(
         num_cached = min(num_cached, check_num_rows(name, tensor, num_slots, slots))
         if step is None:
             raise ValueError(f"step is needed to write {name}")
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is not contiguous in its last dimension")
+        check_unit_stride(name, tensor)
     filters.check(num_slots, device)
     if step is not None:
         check_integers("step", step, (), device)

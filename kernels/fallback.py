@@ -5,7 +5,6 @@ device: no CUDA graph can contain it.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +38,17 @@ def sample(
     filters: Filters = NO_FILTERS,
     ids: Tensor | None = None,
     cache: Tensor | None = None,
+    cache_logsumexp: Tensor | None = None,
+    cache_argmax: Tensor | None = None,
     cache_threshold: Tensor | None = None,
     cache_token_ids: Tensor | None = None,
     cache_positions: Tensor | None = None,
     step: Tensor | None = None,
-    **_fused_only: Any,
+    workspace: None = None,
 ) -> DraftSample:
-    """As `draft_sampling.sample` with slots; its other caches and its workspace are not needed here."""
+    """As `draft_sampling.sample` with slots. cache_logsumexp and cache_argmax, which save the kernels a pass, are left
+    as they are: see `verify`."""
+    del cache_logsumexp, cache_argmax, workspace
     is_real = slots >= 0
     index = slots.long().clamp(min=0)
     temperature = temperature[index]
@@ -91,12 +94,16 @@ def verify(
     target_is_processed: bool = False,
     bitmask: Tensor | None = None,
     filters: Filters = NO_FILTERS,
+    draft_logsumexp: Tensor | None = None,
+    draft_argmax: Tensor | None = None,
     draft_threshold: Tensor | None = None,
     draft_ids: Tensor | None = None,
     block: bool = False,
-    **_fused_only: Any,
+    workspace: None = None,
 ) -> Verification:
-    """As `verification.verify` with slots, none of them padding."""
+    """As `verification.verify` with slots, none of them padding. What draft_logsumexp and draft_argmax say is computed
+    from draft_logits."""
+    del draft_logsumexp, draft_argmax, workspace
     index, num_rows = slots.long(), num_draft_tokens.long() + 1
     if first_rows is not None:  # wherever a request's rows lie, the reference wants them one after the other
         request = torch.arange(len(slots), device=slots.device).repeat_interleave(num_rows)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_bebop.kernels.arguments import check_tensor
+from vllm_bebop.kernels.arguments import check_contiguous, check_tensor
 
 NEG_INF = float("-inf")
 
@@ -38,8 +38,7 @@ class Filters:
             tensor = getattr(self, name)
             if tensor is not None:
                 check_tensor(name, tensor, (num_requests,), dtype, device)
-                if tensor.numel() > 1 and tensor.stride(0) != 1:
-                    raise ValueError(f"{name} is not contiguous")
+                check_contiguous(name, tensor)
 
     def of(self, requests: Tensor) -> "Filters":
         """The same filters for rows that belong to requests [N] int64."""

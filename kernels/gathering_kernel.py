@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_bebop.kernels.arguments import check_integers, check_tensor
+from vllm_bebop.kernels.arguments import check_contiguous, check_integers, check_tensor
 from vllm_bebop.kernels.gathering import DrawnDrafts, GatheredDrafts
 
 
@@ -45,16 +45,14 @@ def gather_drafts(
     check_integers("row_offsets", row_offsets, (batch + 1,), device)
     if cut_input_ids is not None:
         check_tensor("cut_input_ids", cut_input_ids, (num_rows,), input_ids.dtype, device)
-        if num_rows > 1 and cut_input_ids.stride(0) != 1:
-            raise ValueError("cut_input_ids is not contiguous")
+        check_contiguous("cut_input_ids", cut_input_ids)
     num_slots = 0
     if drawn is not None:
         num_slots = len(drawn.has_grammar)
         check_tensor("drawn.has_grammar", drawn.has_grammar, (num_slots,), torch.bool, device)
         for name, tensor in (("drawn.token_ids", drawn.token_ids), ("drawn.positions", drawn.positions)):
             check_tensor(name, tensor, (num_slots, max_drafts), torch.int64, device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous")
+            check_contiguous(name, tensor)
 
     def integers(*shape: int) -> Tensor:  # allocated one by one: Triton compiles anew for another alignment
         return torch.empty(batch, *shape, dtype=torch.int64, device=device)

@@ -18,7 +18,9 @@ Rows with top-k, top-p or min-p are decided once more, by a launch of their own:
 registers that the pass over the logits does better without, and other rows are decided as if nobody had asked for it.
 Only sub-blocks that may hold kept tokens are read again: see `filtering`.
 
-q costs no pass over the draft's logits where its logsumexp is kept from drafting: log q is then a look-up.
+q costs no pass over the draft's logits where its logsumexp is kept from drafting: log q is then a look-up. In vLLM it
+always is, two launches verify, and the grammar's mask is in the logits already.
+
 Scheme, random streams and counters are those of `reference.verify_reference`.
 """
 
@@ -27,7 +29,15 @@ import triton
 from torch import Tensor
 
 from vllm_bebop.kernels import reference
-from vllm_bebop.kernels.arguments import check_integers, check_num_rows, check_requests, check_rows, check_tensor
+from vllm_bebop.kernels.arguments import (
+    check_contiguous,
+    check_integers,
+    check_num_rows,
+    check_requests,
+    check_rows,
+    check_tensor,
+    check_unit_stride,
+)
 from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
@@ -54,7 +64,6 @@ class VerificationWorkspace:
         with_draft_statistics: bool = True,
     ) -> None:
         self.size = (max_batch, max_drafts, vocab_size)
-        self.device = torch.device(device)
         _, num_blocks = partition(vocab_size)
         num_rows = max_batch * (max_drafts + 1)
 
@@ -143,44 +152,12 @@ def verify(
     Memory: see VerificationWorkspace.
     Reference: kernels.reference.verify_reference; kernels.block_reference.verify_block_reference
     """
-    device = target_logits.device
-    check_rows("target_logits", target_logits, (None, None), device)
-    vocab_size = target_logits.shape[1]
-    check_integers("draft_token_ids", draft_token_ids, (None, None), device)
+    num_cached = _check_arguments(
+        target_logits, draft_token_ids, draft_logits, num_draft_tokens, temperature, seeds, positions, one_hot, bitmask,
+        filters, slots, draft_logsumexp, draft_argmax, draft_threshold, draft_ids,
+    )  # fmt: skip
+    device, vocab_size = target_logits.device, target_logits.shape[1]
     batch, max_drafts = draft_token_ids.shape
-    if max_drafts > 1 and draft_token_ids.stride(1) != 1:
-        raise ValueError("draft_token_ids is not contiguous in its last dimension")
-    num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
-    check_integers("num_draft_tokens", num_draft_tokens, (batch,), device)
-    num_cached = 0  # without draft_logits every draft is one-hot
-    if draft_logits is not None:
-        width = vocab_size if draft_ids is None else num_candidates(vocab_size)
-        check_rows("draft_logits", draft_logits, (None, max_drafts, width), device)
-        num_cached = check_num_rows("draft_logits", draft_logits, num_slots, slots)
-    for name, tensor, dtype in (
-        ("draft_logsumexp", draft_logsumexp, torch.float32),
-        ("draft_argmax", draft_argmax, torch.int64),
-        ("draft_threshold", draft_threshold, torch.float32),
-    ):
-        if tensor is not None:
-            check_tensor(name, tensor, (num_cached, max_drafts), dtype, device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous")
-    if bitmask is not None:
-        check_tensor("bitmask", bitmask, (target_logits.shape[0], (vocab_size + 31) // 32), torch.int32, device)
-        if bitmask.shape[1] > 1 and bitmask.stride(1) != 1:
-            raise ValueError("bitmask is not contiguous in its last dimension")
-    filters.check(num_slots, device)
-    if draft_threshold is not None and draft_logsumexp is None:
-        raise ValueError("draft_threshold is given without draft_logsumexp, of what it keeps")
-    if draft_ids is not None:
-        check_tensor("draft_ids", draft_ids, (num_cached, max_drafts, num_candidates(vocab_size)), torch.int32, device)
-        if not draft_ids.is_contiguous():
-            raise ValueError("draft_ids is not contiguous")
-        if draft_logits is None or draft_logsumexp is None:
-            raise ValueError("draft_ids is given without draft_logits and draft_logsumexp, of the same candidates")
-    if one_hot is not None:
-        check_tensor("one_hot", one_hot, (batch,), torch.bool, device)
     if first_rows is None:
         first_rows = num_draft_tokens.cumsum(0) - num_draft_tokens + torch.arange(batch, device=device)
     check_integers("first_rows", first_rows, (batch,), device)
@@ -227,7 +204,7 @@ def verify(
         resolution: bool = False,
         residual: bool = False,
         block: bool = False,
-        filtered: bool = filters.are_asked_for,
+        filters: Filters = filters,
     ) -> None:
         verify_kernel[(num_tiles, groups, num_steps)](
             target_logits,
@@ -283,7 +260,7 @@ def verify(
             RESOLUTION=resolution,
             RESIDUAL=residual,
             BLOCK=block,
-            FILTERED=filtered,
+            FILTERED=filters.are_asked_for,
             NUM_THINNING_ROUNDS=reference.NUM_THINNING_ROUNDS,
             SUB_BLOCK=sub_block,
             TILE=tile,
@@ -302,10 +279,10 @@ def verify(
     single_launch = single_launch and not is_block and not filters.are_asked_for
     launch(
         tiles, max_drafts + 1, 8 if bitmask is None else wide,
-        statistics=True, decision=True, resolution=single_launch, filtered=False,
+        statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
-        launch(1, max_drafts + 1, num_warps=4, decision=True)
+        launch(1, max_drafts + 1, num_warps=8, decision=True)
     if is_block:
         launch(tiles, max_drafts, wide, block=True, resolution=True)
         return out
@@ -314,3 +291,58 @@ def verify(
     if max_drafts > 0:
         launch(tiles, 1, wide, residual=True)
     return out
+
+
+def _check_arguments(
+    target_logits: Tensor,
+    draft_token_ids: Tensor,
+    draft_logits: Tensor | None,
+    num_draft_tokens: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    one_hot: Tensor | None,
+    bitmask: Tensor | None,
+    filters: Filters,
+    slots: Tensor | None,
+    draft_logsumexp: Tensor | None,
+    draft_argmax: Tensor | None,
+    draft_threshold: Tensor | None,
+    draft_ids: Tensor | None,
+) -> int:
+    """Of `verify`; returns how many slots, from the first, have draft logits: the drafts of all others are one-hot."""
+    device = target_logits.device
+    check_rows("target_logits", target_logits, (None, None), device)
+    vocab_size = target_logits.shape[1]
+    check_integers("draft_token_ids", draft_token_ids, (None, None), device)
+    check_unit_stride("draft_token_ids", draft_token_ids)
+    batch, max_drafts = draft_token_ids.shape
+    num_slots = check_requests(batch, device, temperature, seeds, positions, slots)
+    check_integers("num_draft_tokens", num_draft_tokens, (batch,), device)
+    num_cached = 0
+    if draft_logits is not None:
+        width = vocab_size if draft_ids is None else num_candidates(vocab_size)
+        check_rows("draft_logits", draft_logits, (None, max_drafts, width), device)
+        num_cached = check_num_rows("draft_logits", draft_logits, num_slots, slots)
+    for name, tensor, dtype in (
+        ("draft_logsumexp", draft_logsumexp, torch.float32),
+        ("draft_argmax", draft_argmax, torch.int64),
+        ("draft_threshold", draft_threshold, torch.float32),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, (num_cached, max_drafts), dtype, device)
+            check_contiguous(name, tensor)
+    if bitmask is not None:
+        check_tensor("bitmask", bitmask, (target_logits.shape[0], (vocab_size + 31) // 32), torch.int32, device)
+        check_unit_stride("bitmask", bitmask)
+    filters.check(num_slots, device)
+    if draft_threshold is not None and draft_logsumexp is None:
+        raise ValueError("draft_threshold is given without draft_logsumexp, of what it keeps")
+    if draft_ids is not None:
+        check_tensor("draft_ids", draft_ids, (num_cached, max_drafts, num_candidates(vocab_size)), torch.int32, device)
+        check_contiguous("draft_ids", draft_ids)
+        if draft_logits is None or draft_logsumexp is None:
+            raise ValueError("draft_ids is given without draft_logits and draft_logsumexp, of the same candidates")
+    if one_hot is not None:
+        check_tensor("one_hot", one_hot, (batch,), torch.bool, device)
+    return num_cached

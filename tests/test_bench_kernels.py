@@ -23,7 +23,9 @@ import kernel_timing  # noqa: E402
 from bench_kernels import goals  # noqa: E402
 from kernel_cases import BATCHES, DRAFTS, GRID, QUICK, VOCAB_SIZES, Case, Point  # noqa: E402
 from kernel_implementations import OURS, OURS_IN_VLLM, VLLM_V2, Implementation  # noqa: E402
-from result_file import ResultFile, device_slug  # noqa: E402
+from result_file import ResultFile  # noqa: E402
+
+from vllm_bebop.bench.conditions import device_slug  # noqa: E402
 
 
 def test_grid_has_every_size_once() -> None:
@@ -66,7 +68,7 @@ def test_result_file_keeps_only_what_the_same_code_measured(tmp_path: Path) -> N
     ],
 )
 def test_device_slug_is_short(monkeypatch, name: str, slug: str) -> None:
-    monkeypatch.setattr("result_file.device_name", lambda: name)
+    monkeypatch.setattr("vllm_bebop.bench.conditions.device_name", lambda: name)
     assert device_slug() == slug
 
 
@@ -442,7 +444,7 @@ def test_loss_records_a_peer_that_fails(error: Exception, message: str) -> None:
         bench_loss.measure_variant(bench_loss.OURS, run, case)
 
 
-def test_loss_goal_is_that_of_the_issue() -> None:
+def test_loss_goal_needs_both_time_and_memory() -> None:
     assert bench_loss.goal([])["reached"] is None
     size = {name: bench_loss.GOAL[name] for name in bench_loss.KEY[1:]}
     for median, peak, reached in ((130, 1.5, True), (131, 1.0, False), (100, 1.6, False)):

@@ -51,7 +51,7 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Comma-separated.")
     ] = "stock_greedy,stock_probabilistic,bebop_target_only,bebop_rejection,bebop_block",
-    gammas: Annotated[str, typer.Option(help="Numbers of draft tokens: 3, or 1,2,3, or 1..5.")] = "3",
+    gammas: Annotated[str, typer.Option(help="Values of num_speculative_tokens: 3, or 1,2,3, or 1..5.")] = "3",
     temperatures: Annotated[str, typer.Option(help="Comma-separated, above 0.")] = "0.3,0.7,1.0",
     top_k: Annotated[int | None, typer.Option(help="Of every request.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of every request.")] = None,
@@ -85,7 +85,7 @@ def bench(
     output = output or Path("benchmarks/results") / f"acceptance_{device_slug()}.json"
     files = dict(_name_and_path(entry) for entry in data or [])
     builtin = _words(domains) if domains is not None else () if files else ("code", "prose")
-    with _errors("bench", acceptance.BenchError, PromptError, CheckpointError):
+    with _errors("bench", acceptance.BenchError, PromptError, CheckpointError, resumes=True):
         sweep = acceptance.Sweep(
             model,
             acceptance.load_prompts(model, builtin, files, prompts, prompt_tokens, seed),
@@ -138,7 +138,7 @@ def rollout(
     from vllm_bebop.tensor_files import CheckpointError
     from vllm_bebop.train.records import DataError
 
-    with _errors("rollout", RolloutError, DataError, CheckpointError):
+    with _errors("rollout", RolloutError, DataError, CheckpointError, resumes=True):
         count = run(
             *(model, data, out),
             Sampling(max_tokens, temperature, top_k, top_p, min_p, samples_per_prompt, seed),
@@ -162,7 +162,7 @@ def train(
     loss: Annotated[
         str, typer.Option(help="e2e_tv, tv, ce, kl, reverse_kl, lk, lk_mix, e2e_corrected or log_prefix.")
     ] = "e2e_tv",
-    steps: Annotated[int, typer.Option(help="Draft steps trained together.")] = 5,
+    steps: Annotated[int, typer.Option(help="Draft steps trained together: num_speculative_tokens or more.")] = 5,
     start: Annotated[
         str | None, typer.Option(help="Draft to start from; default: the checkpoint's own head, or its last layer.")
     ] = None,
@@ -187,13 +187,11 @@ def train(
     strict: Annotated[bool, typer.Option("--strict", help="A bad line of data is an error.")] = False,
 ) -> None:
     """Train an MTP head for a frozen target. For 8 GPUs: torchrun --nproc-per-node 8 -m vllm_bebop.cli train ..."""
-    from vllm_bebop.tensor_files import CheckpointError
-    from vllm_bebop.train.loop import Settings, TrainingError
+    from vllm_bebop.train.loop import Settings
     from vllm_bebop.train.losses import SamplingPolicy
-    from vllm_bebop.train.records import DataError
     from vllm_bebop.train.run import train_draft
 
-    with _errors("train", CheckpointError, DataError, TrainingError, ValueError, OSError):
+    with _errors("train", ValueError, OSError, resumes=True):
         draft = train_draft(
             *(model, data, out),
             Settings(
@@ -220,7 +218,7 @@ def evaluate(
     draft: Annotated[
         str | None, typer.Option(help="Draft directory or Hub id; default: the target's own head.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Draft tokens per round: num_speculative_tokens.")] = 3,
     temperature: Annotated[
         float | None, typer.Option(help="Of the sampling policy; default: the one that the draft was trained for.")
     ] = None,
@@ -231,7 +229,6 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="JSON; the plot goes beside it.")] = Path("evaluation.json"),
 ) -> None:
     """Predict acceptance on given text, by step, entropy, output position and domain, without an engine."""
-    from vllm_bebop.tensor_files import CheckpointError
     from vllm_bebop.train.evaluate import evaluate_files
     from vllm_bebop.train.evaluation_report import table, write_report
     from vllm_bebop.train.losses import SamplingPolicy
@@ -239,7 +236,7 @@ def evaluate(
     if temperature is None and (top_k, top_p, min_p) != (None, None, None):
         raise typer.BadParameter("give the whole policy, with --temperature", param_hint="--top-k, --top-p, --min-p")
     files = dict(_name_and_path(entry if "=" in entry else f"{Path(entry).stem}={entry}") for entry in data)
-    with _errors("eval", CheckpointError, ValueError, OSError):
+    with _errors("eval", ValueError, OSError):
         policy = None if temperature is None else SamplingPolicy(temperature, top_k, top_p, min_p)
         results = evaluate_files(model, draft, files, steps, policy, max_documents)
         write_report(results, output)
@@ -283,7 +280,7 @@ def _report(rows: Sequence[tuple[str, bool | None, str]]) -> None:
 
 
 @contextmanager
-def _errors(command: str, *expected: type[Exception]) -> Iterator[None]:
+def _errors(command: str, *expected: type[Exception], resumes: bool = False) -> Iterator[None]:
     """What a user can mend is said in its own words, without a traceback; exit code 1, or 130 after Ctrl-C."""
     try:
         yield
@@ -291,7 +288,8 @@ def _errors(command: str, *expected: type[Exception]) -> Iterator[None]:
         typer.echo(f"bebop {command}: {error}", err=True)
         raise typer.Exit(code=1) from None
     except KeyboardInterrupt:
-        typer.echo(f"\nbebop {command}: interrupted; the same command goes on where it stopped", err=True)
+        advice = "; the same command goes on where it stopped" if resumes else ""
+        typer.echo(f"\nbebop {command}: interrupted{advice}", err=True)
         raise typer.Exit(code=130) from None
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 ACCEPTANCE_RULES = ("rejection", "block", "target_only")
 DRAFT_CACHES = ("full", "candidates")
-MAX_SPECULATIVE_TOKENS = 16  # the verification kernels' limit
+MAX_SPECULATIVE_TOKENS = 16  # as far as the kernels are tested
 
 _ENV_SWITCH = "VLLM_BEBOP"
 _ENV_PREFIX = "VLLM_BEBOP_"
-# Read elsewhere (engine/cpu_mend.py, engine/versions.py); not options of the speculation itself.
+# Read elsewhere (plugin.py, engine/versions.py); not options of the speculation itself.
 _ENV_NOT_OPTIONS = ("VLLM_BEBOP_MEND_CPU", "VLLM_BEBOP_CANDIDATE")
 # Our keys, and the variables that stand in for them.
 _ENV_OPTIONS = {

@@ -5,8 +5,9 @@ A draft is a directory:
     config.json                     the target's own, with at least one MTP layer
     model.safetensors               the head's tensors and nothing else, under their native names (or shards with
                                     model.safetensors.index.json)
-    bebop.json                      optional: `format_version`, `base_fingerprint`, `loss`, `steps`, and the `sampling`
-                                    policy trained for (temperature, top_k, top_p, min_p)
+    bebop.json                      optional: `format_version`, `base_fingerprint`, `loss`, `steps` (updates), `gamma`
+                                    (draft tokens per round), and the `sampling` policy trained for (temperature,
+                                    top_k, top_p, min_p)
 
 Everything is checked here because vLLM loads a draft that lacks its input projection, or holds NaN, without a word.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_bebop.durable import new_directory
+from vllm_bebop.durable import new_directory, write_json
 from vllm_bebop.families import Config, Family, FamilyError, recognise
 from vllm_bebop.head_checks import (
     config_problems,
@@ -235,9 +236,9 @@ def write_draft(
             index |= dict.fromkeys(names, file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
-            _write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
-        _write_json(temporary / CONFIG_FILE, config)
-        _write_json(temporary / METADATA_FILE, {"format_version": FORMAT_VERSION, **(metadata or {})})
+            write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(temporary / CONFIG_FILE, config)
+        write_json(temporary / METADATA_FILE, {"format_version": FORMAT_VERSION, **(metadata or {})})
         for weights in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / CONFIG_FILE, weights)  # safetensors lets nobody but the owner read them
         try:
@@ -339,7 +340,3 @@ def _shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> list[list[
         shards[-1].append(name)
         used += tensor.nbytes
     return shards
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,11 +5,13 @@ A rename alone is no such promise: file systems may put a name onto the disk bef
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -62,6 +64,12 @@ def write_file(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _to_disk(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As `write_file`; creates the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _to_disk(path: Path) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, shown_path, write_json
+from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, shown_path
+from vllm_bebop.durable import write_json
 from vllm_bebop.tensor_files import fingerprint
 from vllm_bebop.train.records import BadLines, DataError, read_lines
 from vllm_bebop.train.tokens import check_token_ids, tokenise_chat_prompt, tokenise_text

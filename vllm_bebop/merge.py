@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from vllm_bebop.draft import inspect_checkpoint_head, read_draft, refuse_misread_path
-from vllm_bebop.durable import new_directory
+from vllm_bebop.durable import new_directory, write_json
 from vllm_bebop.families import Config, Family, FamilyError, recognise, text_config
 from vllm_bebop.tensor_files import CONFIG_FILE, INDEX_FILE, CheckpointError, TensorEntry, list_tensors, read_json
 
@@ -99,7 +99,7 @@ def merge(model_dir: str | Path, draft_dir: str | Path, out: str | Path) -> Merg
     with new_directory(out) as temporary:
         for file in _other_files(model_dir):
             shutil.copyfile(file, temporary / file.name)
-        _write_json(temporary / CONFIG_FILE, config)
+        write_json(temporary / CONFIG_FILE, config)
         with tqdm(total=2 * total, unit="B", unit_scale=True, unit_divisor=1024) as progress:
             progress.set_description("writing")
             files = dict(_write_shards(stored, kept, temporary, progress))
@@ -108,7 +108,7 @@ def merge(model_dir: str | Path, draft_dir: str | Path, out: str | Path) -> Merg
             names = {name: files[entry.file] for name, entry in kept.items()}
             names |= dict.fromkeys(draft.tensors, head_file)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-            _write_json(temporary / INDEX_FILE, index)
+            write_json(temporary / INDEX_FILE, index)
             progress.set_description("verifying")
             _verify(temporary, {**kept, **draft.tensors}, progress)
         inspect_checkpoint_head(temporary)
@@ -229,7 +229,3 @@ def _same_bytes(found: TensorEntry, source: TensorEntry, progress: tqdm) -> bool
             left -= len(data)
             progress.update(len(data))
     return True
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -219,7 +219,10 @@ def run(device: torch.device | str | None = None, backend: Backend | None = None
 
 
 def _compare_tokens(backend: Backend, device: torch.device) -> tuple[bool, str]:
-    """Drafts and output of mixed requests on a large vocabulary, by the kernels and by the reference."""
+    """Drafts and output of mixed requests on a large vocabulary, by the kernels and by the reference.
+
+    As in vLLM, verification looks up what drafting has kept of q.
+    """
     batch, num_drafts, vocab_size = (256, 3, 151_936) if device.type == "cuda" else (64, 3, 9_000)
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(batch, num_drafts + 1, vocab_size, generator=generator, device=device) * 3
@@ -232,16 +235,16 @@ def _compare_tokens(backend: Backend, device: torch.device) -> tuple[bool, str]:
     positions = torch.full_like(slots, 100)
 
     def tokens(sampler: Backend, drafts: Tensor | None) -> tuple[Tensor, Tensor]:
-        drawn = torch.stack(
-            [
-                sampler.sample(draft_logits[:, i], **shared, positions=positions + i, slots=slots).token_ids.clone()
-                for i in range(num_drafts)
-            ],
-            dim=1,
-        )
+        drawn = torch.empty(batch, num_drafts, dtype=torch.int64, device=device)
+        logsumexp, argmax = torch.empty_like(drawn, dtype=torch.float32), torch.empty_like(drawn)
+        for i in range(num_drafts):
+            drawn[:, i] = sampler.sample(
+                draft_logits[:, i], **shared, positions=positions + i, slots=slots, cache_logsumexp=logsumexp,
+                cache_argmax=argmax, step=torch.tensor(i, device=device),
+            ).token_ids  # fmt: skip
         out = sampler.verify(
             target_logits, drawn if drafts is None else drafts, draft_logits, torch.full_like(slots, num_drafts),
-            **shared, positions=positions, slots=slots,
+            **shared, positions=positions, slots=slots, draft_logsumexp=logsumexp, draft_argmax=argmax,
         )  # fmt: skip
         return drawn, out.token_ids
 

@@ -63,7 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing: copy it from the target model", path=path.parent) from None
-    except (ValueError, OSError) as error:  # ValueError covers malformed JSON and UTF-8
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read ({error}): check its permissions", path=path.parent
+        ) from None
+    except ValueError as error:  # malformed JSON or UTF-8
         raise CheckpointError(f"{path.name} is not valid JSON ({error})", path=path.parent) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path.name} holds a {type(parsed).__name__}, not a JSON object", path=path.parent)

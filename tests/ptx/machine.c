@@ -501,7 +501,7 @@ static void synchronize(Block *b, const Instruction *i, uint64_t address, int t)
     void op_atom_##name(Block *b, const Instruction *i) {                                                              \
         const int n = b->n;                                                                                            \
         const uint64_t *x = REGISTER(i->in[1]);                                                                        \
-        EACH(uint64_t address = REGISTER(i->in[0])[t] + i->offset;                                                     \
+        EACH(uint64_t address = aligned(b, i, t);                                                                      \
              uint8_t *place = global_at(b, address, bits / 8, t, NULL, 1); if (!place) return; uint##bits##_t old;        \
              memcpy(&old, place, bits / 8); uint##bits##_t new = (uint##bits##_t)(value); memcpy(place, &new, bits / 8); \
              if (i->out[0] >= 0) REGISTER(i->out[0])[t] = old; synchronize(b, i, address, t))                          \
@@ -577,7 +577,9 @@ static void matrices(Block *b, const Instruction *i, int is_write) {
         for (int m = 0; m < i->width; m++)
             for (int lane = 0; lane < WARP; lane++) {
                 int row = first + 8 * m + lane / 4;
-                uint32_t address = (uint32_t)(REGISTER(i->in[0])[row] + i->offset) + 4 * (lane % 4);
+                uint32_t address = (uint32_t)(REGISTER(i->in[0])[row] + i->offset);
+                if (address % 16) return fail(b, "thread %d: %#x is not aligned", row, address);
+                address += 4 * (lane % 4);
                 const uint64_t *stored = is_write ? &REGISTER(i->in[1 + m])[first + lane] : NULL;
                 uint8_t *place = shared_at(b, address, 4, first + lane, stored);
                 if (!place) return;

@@ -18,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe, write_json
+from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe
 from vllm_bebop.bench.measure import METHODS, Job, measure
 from vllm_bebop.bench.prompts import PromptError, builtin_texts, read_jsonl, tokenise
+from vllm_bebop.durable import write_json
 
 _LOG_TAIL_LINES = 40
 _NOTES = (

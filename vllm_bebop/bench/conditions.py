@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +75,10 @@ def device_name() -> str:
 
 
 def device_slug() -> str:
-    """For file names: "cpu", or the GPU's name in lower case with dashes."""
-    return "cpu" if on_cpu() else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    """For file names: "h100" for an "NVIDIA H100 80GB HBM3", "cpu" without a GPU."""
+    words = [word for word in re.split(r"[^a-z0-9]+", device_name().lower()) if word not in ("nvidia", "amd", "")]
+    models = [word for word in words if re.search(r"[a-z]\d|\d{3}", word)]
+    return "cpu" if words[0] == "cpu" else (models or words)[0]
 
 
 def commit() -> str | None:
@@ -103,14 +103,6 @@ def shown_path(path: str | Path) -> str:
     if path.is_absolute():
         return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
     return str(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,7 @@
 """Which vLLM bebop runs on, and what it needs of it: one table, checked when a config asks for bebop.
 
 A version enters `TESTED_VERSIONS` only once the engine tests have passed on it (`make test-versions`). Versions being
-equal is not enough: every upstream function that is replaced or called is looked up and its parameters compared, so
+equal is not enough: the upstream functions that are replaced or called are looked up and their parameters compared, so
 that a patched or vendored vLLM fails at the start, by name, and not in the middle of a rollout.
 """
 
@@ -80,6 +80,7 @@ _RUNNER_V1 = (
         ("logits", "sampling_metadata", "predict_bonus_token"),
         "engine/runner_v1.py",
     ),
+    Seam("vllm.v1.sample.sampler:Sampler.compute_logprobs", ("logits",), "engine/runner_v1.py"),
     Seam("vllm.v1.sample.sampler:Sampler.apply_temperature", ("logits", "temp", "all_random"), "engine/runner_v1.py"),
     Seam("vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", ("logits", "k", "p"), "engine/runner_v1.py"),
     Seam(
@@ -207,5 +208,5 @@ def check_versions() -> list[tuple[str, bool, str]]:
     problems = missing_seams()
     return [
         ("vLLM version", _tested(version), f"{version} (tested: {', '.join(v + '.*' for v in TESTED_VERSIONS)})"),
-        ("vLLM's seams", not problems, "; ".join(problems) or "every function that bebop replaces or calls is there"),
+        ("vLLM's seams", not problems, "; ".join(problems) or "the functions that bebop replaces or calls are there"),
     ]

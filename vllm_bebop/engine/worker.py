@@ -36,12 +36,12 @@ def _worker_over(base: type) -> type:
         def init_device(self) -> None:
             lifeline.follow_server()
             super().init_device()
-            _seams(self).upgrade_drafting(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
+            _runner_module(self).upgrade_drafting(self.model_runner, BebopConfig.from_vllm(self.vllm_config))
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
             super().load_model(*args, **kwargs)
             config = BebopConfig.from_vllm(self.vllm_config)
-            self._totals = _seams(self).upgrade_sampling(self.model_runner, config)
+            self._totals = _runner_module(self).upgrade_sampling(self.model_runner, config)
 
         def compile_or_warm_up_model(self) -> Any:
             if self._totals is None:
@@ -73,8 +73,8 @@ def _worker_over(base: type) -> type:
     return Worker
 
 
-def _seams(worker: Any) -> Any:
-    """The module that knows the model runner in use."""
+def _runner_module(worker: Any) -> Any:
+    """Our module for the model runner in use."""
     if worker.use_v2_model_runner:
         from vllm_bebop.engine import runner_v2
 

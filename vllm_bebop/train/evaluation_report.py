@@ -1,11 +1,11 @@
 """The results of `evaluate`, as a table, a plot and JSON."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_bebop.durable import write_json
 from vllm_bebop.train.evaluate import RULES
 
 _LABELS = {"rejection_sampling": "rejection sampling", "target_only": "target-only"}
@@ -14,10 +14,7 @@ _COLOURS = {"rejection_sampling": "#2166ac", "target_only": "#5aae61"}
 
 def write_report(results: Mapping[str, Any], path: Path) -> None:
     """JSON at `path`, and the plot beside it as PNG; both atomically: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, results)
     plot_evaluation(results, path.with_suffix(".png"))
 
 

@@ -19,9 +19,11 @@ LK_DECAY = 3.0  # eta of arXiv:2602.23881
 
 @dataclass(frozen=True)
 class SamplingPolicy:
-    """How rollouts sample. All of it shapes the target's p, the temperature alone the draft's q, as when serving.
+    """How rollouts sample. All of it shapes the target's p; in a loss the temperature alone shapes the draft's q.
 
-    The filters follow vLLM: min-p first, then top-k, which keeps all tokens tied with the k-th, then top-p.
+    Serving filters the drafts as well, and `evaluate` does; but a loss of a filtered q would be infinite (KL), or have
+    no gradient (TV), just where q leaves out what p keeps. The filters follow vLLM: min-p first, then top-k, which
+    keeps all tokens tied with the k-th, then top-p.
     """
 
     temperature: float = 1.0
@@ -160,7 +162,7 @@ def head_loss(
         token_ids: [num_steps, N] int64, the text's token that each row and step predicts, x[t+2+j]; -1 where the
             document ends before it, possible at the last step only. ce leaves such an entry out.
         lm_head: [V, H], frozen, shared by draft and target; with vocab_group this rank's slice [V / ranks, H].
-        policy: shapes p and q.
+        policy: its temperature shapes p and q, its filters p.
         vocab_group: ranks that share the vocabulary and have the same hidden states; all get the same loss and
             gradients.
     Returns:

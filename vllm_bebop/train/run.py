@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from vllm_bebop.draft import Draft, fingerprint, refuse_destination, resolve_draft
-from vllm_bebop.durable import write_file
+from vllm_bebop.durable import write_json
 from vllm_bebop.tensor_files import CONFIG_FILE, read_json
 from vllm_bebop.train.data import Documents, PackedRows, load_documents
 from vllm_bebop.train.export import checkpoint_dtype, export_draft
@@ -140,8 +140,7 @@ def _refuse_other_run(run: Path, asked: dict[str, object]) -> None:
 
 
 def _record(run: Path, asked: dict[str, object]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    write_file(run / "settings.json", (json.dumps(asked, indent=2) + "\n").encode())
+    write_json(run / "settings.json", asked)
 
 
 def _whole_head(target: PreTrainedModel, state: dict[str, Any]) -> MTPHead:
