@@ -10,7 +10,7 @@ import pytest
 
 from vllm_bebop.bench import acceptance
 from vllm_bebop.bench.acceptance import BenchError, Sweep
-from vllm_bebop.bench.conditions import shown_path
+from vllm_bebop.bench.conditions import engine_environment, shown_path
 from vllm_bebop.bench.counters import Counters, parse_metrics
 from vllm_bebop.bench.measure import METHODS
 from vllm_bebop.bench.plot import _caption, plot_acceptance
@@ -52,6 +52,13 @@ vllm:generation_tokens_total{engine="0",model_name="m"} 36.0
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_hub_is_asked_for_what_is_not_here(tmp_path):
+    assert engine_environment(str(tmp_path))["HF_HUB_OFFLINE"] == "1"
+    assert engine_environment(str(tmp_path), str(tmp_path))["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in engine_environment(str(tmp_path), "organisation/draft")
+    assert "HF_HUB_OFFLINE" not in engine_environment("organisation/model")
 
 
 @pytest.mark.parametrize("domain", BUILTIN_DOMAINS)

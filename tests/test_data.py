@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_bebop.train.data import PackedRows, first_fit, load_documents
 from vllm_bebop.train.objective import trained_chains
-from vllm_bebop.train.records import DataError
+from vllm_bebop.train.records import BadLines, DataError, read_lines
 
 VOCAB_SIZE = 128
 NUM_STEPS = 3
@@ -184,6 +184,23 @@ def test_load_documents_parquet_equals_jsonl(tmp_path):
     assert len(parquet) == 2 and parquet.offsets == jsonl.offsets
     assert torch.equal(parquet.token_ids, jsonl.token_ids) and torch.equal(parquet.loss_mask, jsonl.loss_mask)
     assert "data.parquet:2: token id" in str(parquet.bad_lines)
+
+
+def test_parquet_rows_have_the_keys_that_they_were_written_with(tmp_path):
+    """A table has the same columns for all rows, at any depth; templates would print what is null there."""
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "search", "arguments": {"query": "x"}}]
+    records = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    Dataset.from_list(records).to_parquet(tmp_path / "data.parquet")
+    assert [row for _, row in read_lines([tmp_path / "data.parquet"], dict, BadLines(), False)] == records
+
+
+def test_no_limit_is_said_in_several_ways(tmp_path):
+    sampling = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0}
+    write_lines(tmp_path / "data.jsonl", [{"token_ids": [3, 4, 5, 6], "sampling": sampling}] * 2)
+    wanted = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    assert len(load_documents([tmp_path / "data.jsonl"], None, VOCAB_SIZE, 2, False, wanted)) == 2
+    with pytest.raises(DataError, match="sampled with top_k -1, not 20"):
+        load_documents([tmp_path / "data.jsonl"], None, VOCAB_SIZE, 2, False, wanted | {"top_k": 20})
 
 
 def test_load_documents_refuses_file_that_is_not_parquet(tmp_path):

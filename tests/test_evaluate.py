@@ -300,6 +300,16 @@ def test_evaluate_refuses_a_domain_without_a_chain(wide):
         evaluate(model, head, {"long": [Text(range(9))], "short": [Text(range(3))]}, 3, PLAIN)
 
 
+def test_files_of_one_name_are_refused():
+    from typer.testing import CliRunner
+
+    from vllm_bebop.cli import app
+
+    files = ["--data", "math/held_out.jsonl", "--data", "code/held_out.jsonl"]
+    result = CliRunner().invoke(app, ["eval", "--model", "m", *files])
+    assert result.exit_code == 2 and "give NAME=PATH" in result.output
+
+
 def test_evaluate_files_takes_the_drafts_policy_and_reports(wide, tmp_path, capsys):
     model, head = wide
     model.save_pretrained(tmp_path / "target")

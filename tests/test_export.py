@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from tests.support.tiny_heads import CONFIGS, config, head
 from vllm_bebop import merge as merging
@@ -107,6 +107,21 @@ def test_export_draft_reads_back_rounded_to_the_checkpoints_dtype(trained, tmp_p
     assert all(same(written[name], expected[name].detach().bfloat16()) for name in expected)
     again = head_tensors(load_head(tmp_path / "draft", model))
     torch.testing.assert_close(again[FC], expected[FC], rtol=1e-2, atol=1e-2)
+
+
+def test_export_draft_keeps_the_routers_bias_in_fp32(tmp_path):
+    """Its entries differ by less than bf16 can tell apart at their size."""
+    bias = 10 + 0.01 * torch.arange(4)
+    for family in ("glm4_moe", "deepseek_v3"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(family)), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / family)
+        trained = new_head(model, torch.float32)
+        (name,) = (name for name in head_tensors(trained) if name.endswith("e_score_correction_bias"))
+        head_tensors(trained)[name].copy_(bias)
+        written = dict(export_draft(trained, tmp_path / family, tmp_path / f"{family}-draft", {}).weights())
+        assert same(written[name], bias)
+        assert same(head_tensors(load_head(tmp_path / f"{family}-draft", model))[name], bias)
+        assert all(tensor.dtype == torch.bfloat16 for other, tensor in written.items() if other != name)
 
 
 @torch.no_grad()

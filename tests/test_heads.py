@@ -156,6 +156,15 @@ def hybrid_target() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_initial_head_is_not_made_of_a_quantised_layer(tmp_path: Path) -> None:
+    save_file({"unrelated": torch.zeros(1)}, tmp_path / "model.safetensors")
+    model = small_target("mimo")
+    weight = model.model.layers[-1].self_attn.o_proj.weight
+    weight.requires_grad_(False).data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="its last layer, .*, is quantised: give a draft"):
+        initial_head(tmp_path, model)
+
+
 def test_initial_head_copies_a_full_attention_layer(tmp_path: Path) -> None:
     model = hybrid_target()
     save_file({"model.norm.weight": torch.zeros(1)}, tmp_path / "model.safetensors")

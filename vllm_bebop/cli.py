@@ -83,7 +83,7 @@ def bench(
     from vllm_bebop.tensor_files import CheckpointError
 
     output = output or Path("benchmarks/results") / f"acceptance_{device_slug()}.json"
-    files = dict(_name_and_path(entry) for entry in data or [])
+    files = _named_files(data or [])
     builtin = _words(domains) if domains is not None else () if files else ("code", "prose")
     with _errors("bench", acceptance.BenchError, PromptError, CheckpointError, resumes=True):
         sweep = acceptance.Sweep(
@@ -235,7 +235,7 @@ def evaluate(
 
     if temperature is None and (top_k, top_p, min_p) != (None, None, None):
         raise typer.BadParameter("give the whole policy, with --temperature", param_hint="--top-k, --top-p, --min-p")
-    files = dict(_name_and_path(entry if "=" in entry else f"{Path(entry).stem}={entry}") for entry in data)
+    files = _named_files([entry if "=" in entry else f"{Path(entry).stem}={entry}" for entry in data])
     with _errors("eval", ValueError, OSError):
         policy = None if temperature is None else SamplingPolicy(temperature, top_k, top_p, min_p)
         results = evaluate_files(model, draft, files, steps, policy, max_documents)
@@ -313,6 +313,15 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not of the form 3, or 1,2,3, or 1..5") from None
+
+
+def _named_files(entries: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for name, path in map(_name_and_path, entries):
+        if name in files:
+            raise typer.BadParameter(f"{name!r} is {files[name]} and {path}: give NAME=PATH", param_hint="--data")
+        files[name] = path
+    return files
 
 
 def _name_and_path(entry: str) -> tuple[str, str]:

@@ -116,9 +116,11 @@ def run(
         raise RolloutError("with the executor external_launcher every rank would write: use mp or ray")
     if min(batch_size, sampling.samples_per_prompt) < 1:
         raise RolloutError("batch_size and samples_per_prompt must be at least 1")
-    for name, value in engine_environment(model).items():
+    for name, value in engine_environment(model, draft).items():
         os.environ.setdefault(name, value)
     sampling.request(seed=0)  # refused before a large engine has started
+    if sampling.temperature < 1e-5:
+        raise RolloutError("temperature is 0: a greedy policy has no distribution to learn; use > 0")
 
     prompts, bad_lines = read_prompts(data, *_tokenizer_and_vocab_size(model), prompt_tokens, strict)
     print(f"{len(prompts)} prompts; {bad_lines}")

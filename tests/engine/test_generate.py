@@ -190,6 +190,7 @@ def test_read_prompts_refuses_repeated_id(tmp_path):
         ({"num_speculative_tokens": 3}, {"min_p": 0.1}, "no min_p together with speculation"),
         ({"executor": "external_launcher"}, {}, "use mp or ray"),
         ({}, {"temperature": -1.0}, "temperature"),
+        ({}, {"temperature": 0.0}, "no distribution to learn"),
         ({}, {"samples_per_prompt": 0}, "samples_per_prompt"),
         ({"model": "./nowhere"}, {}, "nowhere: no such model"),
     ],

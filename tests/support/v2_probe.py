@@ -66,6 +66,7 @@ KINDS_PROMPT, KINDS_SEED = "The module provides ", 7
 OPTIONS = {"max_num_seqs": 32, "max_model_len": 96, "block_size": 32, "num_gpu_blocks_override": 24}
 
 SCORED_PROMPTS = PROMPTS[::4], PROMPTS[1::4]
+SCORED_IDS = range(10, 90)
 
 LAW_PROMPT = "   +-----------+"
 NUM_SAMPLES = 300
@@ -158,6 +159,11 @@ def both_samplers() -> dict[str, Any]:
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
         result["compiled"] = {"at the start": list(compiled)}
         result["answers"] = answers(llm)
+        if hasattr(SamplingParams(), "logprob_token_ids"):
+            asked = SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=list(SCORED_IDS), **FILTERS)
+            (output,) = llm.generate(PROMPTS[:1], asked, use_tqdm=False)
+            (scores,) = output.outputs[0].logprobs
+            result["scored_ids"] = [scores[token].logprob for token in SCORED_IDS]
         for half, prompts in enumerate(SCORED_PROMPTS):
             wanted = [SamplingParams(**scored(half, i)) for i in range(len(prompts))]
             for name, backend in (("kernels", fused()), ("reference", plain())):

@@ -32,12 +32,12 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def engine_environment(model: str) -> dict[str, str]:
-    """Environment variables for an engine process; nothing is looked up on the Hub for a local model."""
+def engine_environment(model: str, draft: str | None = None) -> dict[str, str]:
+    """Environment variables for an engine process; nothing is looked up on the Hub for a local model and draft."""
     environment = dict(_ENVIRONMENT)
     if on_cpu():
         environment |= _CPU_ENVIRONMENT
-    if Path(model).is_dir():
+    if Path(model).is_dir() and (draft is None or Path(draft).is_dir()):
         environment["HF_HUB_OFFLINE"] = "1"
     return environment
 

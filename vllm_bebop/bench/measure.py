@@ -96,7 +96,7 @@ def measure(job: Job, results: Connection, log_path: str) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(engine_environment(job.model))
+    os.environ.update(engine_environment(job.model, job.draft))
     if METHODS[job.method].is_stock and on_cpu():
         os.environ.update(MEND_CPU)
 

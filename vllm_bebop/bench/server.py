@@ -62,7 +62,8 @@ class Server:
         if speculative_config is not None:
             self._command += ["--speculative-config", json.dumps(dict(speculative_config))]
         self._command += arguments
-        self._environment = {**os.environ, **engine_environment(self.model), **(environment or {})}
+        draft = None if speculative_config is None else speculative_config.get("model")
+        self._environment = {**os.environ, **engine_environment(self.model, draft), **(environment or {})}
 
     @property
     def base_url(self) -> str:

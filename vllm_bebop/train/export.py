@@ -18,7 +18,8 @@ def export_draft(head: MTPHead, model_directory: str | Path, out: str | Path, me
     """Write the head as a draft, all or nothing; every tensor is read back and compared.
 
     Args:
-        head: in any dtype; its tensors are rounded to the checkpoint's (config.json's `dtype`; bf16 if it has none).
+        head: in any dtype; its tensors are rounded to the checkpoint's (config.json's `dtype`; bf16 if it has none),
+            but for the router's score-correction bias, which stays fp32.
         model_directory: the target that the head was trained for: gives the config and the fingerprint.
         out: the directory to create. A draft written by us is replaced, anything else refused.
         metadata: for bebop.json: `loss`, `steps` (updates), `gamma` (draft steps trained together) and `sampling` (the
@@ -28,9 +29,14 @@ def export_draft(head: MTPHead, model_directory: str | Path, out: str | Path, me
     """
     config = read_json(Path(model_directory) / CONFIG_FILE)
     dtype = checkpoint_dtype(config)
-    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in head_tensors(head).items()}
+    tensors = {name: tensor.detach().to("cpu", _stored_as(name, dtype)) for name, tensor in head_tensors(head).items()}
     described = {"base_fingerprint": fingerprint(model_directory), **metadata}
     return write_draft(out, tensors, draft_config(config, num_layers=1), described, overwrite=True)
+
+
+def _stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Rounded, a bias of 10 or 30 whose entries differ in the second decimal would send most tokens elsewhere."""
+    return torch.float32 if name.endswith(".e_score_correction_bias") else dtype
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
@@ -77,6 +78,9 @@ _MODULES = {  # by the model_type of the text config
     ),
     "mimo": _Modules(_MIMO, qwen2.Qwen2RMSNorm, qwen2.Qwen2DecoderLayer, qwen2.Qwen2RotaryEmbedding),
 }
+
+
+_UNQUANTISED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MTPHead(nn.Module):
@@ -200,9 +204,17 @@ def head_tensors(head: MTPHead, expert_layout: str | None = None) -> dict[str, T
 
 
 def new_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHead:
-    """An untrained head on the embedding and lm_head of `model`, on its device; `dtype` None is the embedding's."""
-    embed_tokens, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    return MTPHead(model.config, embed_tokens.get_parameter("weight"), lm_head.get_parameter("weight"), dtype)
+    """An untrained head on the embedding and lm_head of `model`, on its device; `dtype` None is the embedding's.
+
+    Raises:
+        ValueError: see `MTPHead`; or these weights are spread over processes (FSDP), of which a head cannot compute.
+    """
+    embed_tokens, lm_head = (
+        module.get_parameter("weight") for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if isinstance(embed_tokens, DTensor) or isinstance(lm_head, DTensor):
+        raise ValueError("the model's embedding or lm_head is sharded (DTensor): leave both out of fully_shard")
+    return MTPHead(model.config, embed_tokens, lm_head, dtype)
 
 
 def load_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHead:
@@ -232,7 +244,7 @@ def initial_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dty
     Args:
         directory: of the target's checkpoint.
     Raises:
-        ValueError: as `load_head`, if the checkpoint has tensors of a head.
+        ValueError: as `load_head`, if the checkpoint has tensors of a head; the target's last layer is quantised.
     """
     head = new_head(model, dtype)
     if stored := _stored_head(Path(directory), head):
@@ -240,6 +252,11 @@ def initial_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dty
         return head
     decoder = model.get_decoder()
     donor = [layer for layer in decoder.layers if hasattr(layer, "self_attn")][-1].state_dict()
+    if any(tensor.dtype not in _UNQUANTISED for tensor in donor.values()):
+        raise ValueError(
+            f"{directory}: has no head, and its last layer, of which one could be made, is quantised: give a draft to "
+            "start from, or the checkpoint before quantisation"
+        )
     final_norm = decoder.norm.weight
     with torch.no_grad():
         for name, tensor in head.layer.state_dict().items():

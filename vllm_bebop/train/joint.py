@@ -13,6 +13,9 @@ clipping, and must send no gradient into the backbone:
     clip_grad_norm_(model.parameters(), 1.0)
     clip_head_gradients(head, 1.0)
     optimizer.step()
+
+Under FSDP leave the embedding and lm_head out of what is sharded (`ignored_params`), and make the head after that: it
+computes with them as they are then, whole.
 """
 
 from typing import Any

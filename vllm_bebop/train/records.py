@@ -84,9 +84,17 @@ def _lines(path: Path) -> Iterator[bytes | Mapping[str, Any]]:
 
     try:
         # Streamed: what is kept is copied anyway, and a memory-mapped cache on disk would be one copy more.
-        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for row in load_dataset("parquet", data_files=str(path), split="train", streaming=True):
+            yield _without_nulls(row)
     except ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives all rows the same keys, at any depth; a key that a row did not have is null there."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _json_object(line: bytes) -> Mapping[str, Any]:

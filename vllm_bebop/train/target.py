@@ -66,6 +66,8 @@ def load_target(model: str | Path, device: torch.device) -> PreTrainedModel:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         problem = f"lacks the target's {', '.join(wrong[:5])}{more}, or has them in another shape: export it again"
         raise CheckpointError(problem, path=model)
+    if hasattr(loaded, "ct_decompress_hook"):  # compressed-tensors would wait for the whole model to be called
+        loaded.hf_quantizer.compressor.decompress_model(loaded)
     torch.nn.Module.to(loaded, device)
     return loaded.requires_grad_(False).eval()
 
