@@ -126,7 +126,7 @@ class Trainer:
         self.run, self.processes, self.save_every, self.kept = run, processes, save_every, kept
         self.rollout = Rollout(head)
         self.lm_head = processes.vocabulary_shard(head.lm_head)
-        processes.shard(self.rollout)
+        processes.shard(self.rollout, head.lm_head.dtype)
         self.parameters = [p for p in self.rollout.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 _TIMEOUT = timedelta(hours=1)  # the others wait while the first one reads a large target from a slow disk
@@ -123,11 +123,15 @@ class Processes:
                     values[index] = nn.Parameter(values[index], tensors[name].requires_grad)
             tensors[name] = values[index]
 
-    def shard(self, module: nn.Module) -> None:
-        """Spread a module's weights over all processes, on their devices (FSDP2); alone, do nothing."""
+    def shard(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Spread a module's weights over all processes, on their devices (FSDP2); alone, do nothing.
+
+        dtype: that they are gathered in; None: their own. Gradients are reduced in fp32.
+        """
         if self.mesh is not None:
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             # FSDP keeps a root's weights gathered unless told not to.
-            fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True)
+            fully_shard(module, mesh=self.mesh._flatten(), reshard_after_forward=True, mp_policy=policy)
 
     def shard_root(self, module: nn.Module) -> None:
         """Join what was spread of `module`: its parts then share streams, and the memory they are gathered in.
