@@ -13,6 +13,7 @@ from vllm_bebop.draft import read_draft
 from vllm_bebop.tensor_files import CheckpointError, read_json
 from vllm_bebop.train.heads import head_tensors, initial_head, new_head
 from vllm_bebop.train.loop import Settings
+from vllm_bebop.train.rollout import target_hidden_states
 from vllm_bebop.train.run import train_draft
 from vllm_bebop.train.target import empty_target, find_checkpoint, load_target
 
@@ -108,3 +109,30 @@ def test_train_draft_of_every_family_from_its_checkpoint(family: str, tmp_path: 
     started = head_tensors(initial_head(tmp_path / "target", target))
     changed = {name for name, tensor in draft.weights() if not torch.equal(tensor, started[name].to(tensor.dtype))}
     assert any("experts" in name or "mlp" in name for name in changed) and any("self_attn" in n for n in changed)
+
+
+@torch.no_grad()
+def test_compressed_tensors_are_decompressed_as_they_are_loaded(tmp_path: Path) -> None:
+    """Their own hook waits for a call of the whole model, of which training calls the backbone only."""
+    pytest.importorskip("compressed_tensors")
+    model = save("mimo", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        scale = stored[name].abs().amax(1, keepdim=True) / 448
+        stored[name + "_scale"], stored[name] = scale, (stored[name] / scale).to(torch.float8_e4m3fn)
+        model.state_dict()[name].copy_(stored[name].float() * scale)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    described = read_json(tmp_path / "config.json") | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"all": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }
+    }
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    token_ids = torch.arange(10)[None]
+    loaded, exact = (target_hidden_states(each, token_ids)[0] for each in (load_target(tmp_path, CPU), model))
+    torch.testing.assert_close(loaded, exact)
