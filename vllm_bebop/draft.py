@@ -6,8 +6,8 @@ A draft is a directory:
     model.safetensors               the head's tensors and nothing else, under their native names (or shards with
                                     model.safetensors.index.json)
     bebop.json                      optional: `format_version`, `base_fingerprint`, `loss`, `steps` (updates), `gamma`
-                                    (draft tokens per round), and the `sampling` policy trained for (temperature,
-                                    top_k, top_p, min_p)
+                                    (draft steps trained together), and the `sampling` policy trained for
+                                    (temperature, top_k, top_p, min_p)
 
 Everything is checked here because vLLM loads a draft that lacks its input projection, or holds NaN, without a word.
 """

@@ -159,11 +159,10 @@ def both_samplers() -> dict[str, Any]:
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
         result["compiled"] = {"at the start": list(compiled)}
         result["answers"] = answers(llm)
-        if hasattr(SamplingParams(), "logprob_token_ids"):
-            asked = SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=list(SCORED_IDS), **FILTERS)
-            (output,) = llm.generate(PROMPTS[:1], asked, use_tqdm=False)
-            (scores,) = output.outputs[0].logprobs
-            result["scored_ids"] = [scores[token].logprob for token in SCORED_IDS]
+        asked = SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=list(SCORED_IDS), **FILTERS)
+        (output,) = llm.generate(PROMPTS[:1], asked, use_tqdm=False)
+        (scores,) = output.outputs[0].logprobs
+        result["scored_ids"] = [scores[token].logprob for token in SCORED_IDS]
         for half, prompts in enumerate(SCORED_PROMPTS):
             wanted = [SamplingParams(**scored(half, i)) for i in range(len(prompts))]
             for name, backend in (("kernels", fused()), ("reference", plain())):

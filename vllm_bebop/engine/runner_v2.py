@@ -341,8 +341,7 @@ def _add_request(states: Any, given: Arguments) -> bool:
     if states.bebop.cache is not None:
         states.bebop.cache.start(slot, given["sampling_params"].structured_outputs is not None)
     alone = np.array([slot])
-    scored_ids = getattr(given["sampling_params"], "logprob_token_ids", None)  # since 0.29
-    wants_logprobs = states.max_num_logprobs(alone) >= 0 or bool(scored_ids)
+    wants_logprobs = states.max_num_logprobs(alone) >= 0 or bool(given["sampling_params"].logprob_token_ids)
     wants_processed = wants_logprobs or states.bebop_returns_mask
     is_left = states.min_p.np[slot] != 0.0 or (wants_processed and _any_is_filtered(states, alone))
     return bool(states.temperature.np[slot] != 0.0 and is_left)
