@@ -39,6 +39,7 @@ from vllm_bebop.train.evaluate import evaluate, texts
 from vllm_bebop.train.heads import MTPHead, load_head
 from vllm_bebop.train.loop import Settings, Trainer
 from vllm_bebop.train.losses import LOSSES, SamplingPolicy
+from vllm_bebop.train.objective import Rollout
 from vllm_bebop.train.processes import Processes
 from vllm_bebop.train.run import load_target
 
@@ -128,7 +129,7 @@ def _measure(loss: str, rate: float, seed: int, updates: int) -> dict[str, Any]:
             seed=seed,
         )
         with tempfile.TemporaryDirectory() as run:
-            trainer = CachingTrainer(target, head, rows, settings, Path(run), Processes(torch.device("cpu")))
+            trainer = CachingTrainer(target, Rollout(head), rows, settings, Path(run), Processes(torch.device("cpu")))
             head.load_state_dict(trainer.train())
     head.requires_grad_(False)
     return {purpose: _acceptance_length(head, purpose) for purpose in ("validation", "held_out")}

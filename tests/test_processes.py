@@ -1,4 +1,4 @@
-"""A head spread over two processes: gathered in the target's dtype, weights and gradients in fp32, as those of one."""
+"""A head spread over two processes: loaded and gathered with little memory, its gradients those of one process."""
 
 import os
 import subprocess
@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.tiny_heads import config
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = """
+GRADIENTS = """
 import sys
 import torch
 import torch.distributed as dist
@@ -48,15 +52,58 @@ assert {parameter.dtype for parameter in rollout.parameters()} == {torch.float32
 assert all(torch.equal(spread[name].full_tensor(), gradient) for name, gradient in alone.items())
 assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in alone.values())
 dist.barrier()
-dist.destroy_process_group()
 """
+
+LOADING = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from vllm_bebop.train import run
+from vllm_bebop.train.processes import Processes
+
+seen, peak, hand_out = set(), 0, Processes.hand_out
+
+
+def elements(*modules):
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return sum(p.numel() for p in parameters if not p.is_meta and not isinstance(p, DTensor))
+
+
+def watched(self, module, **options):
+    global peak
+    hand_out(self, module, **options)
+    seen.add(module)
+    peak = max(peak, elements(*seen))
+
+
+Processes.hand_out = watched
+target, rollout = run._load(Path(sys.argv[1]), None, Processes.from_environment())
+left_whole = elements(target, rollout)
+outside = target.model.embed_tokens, target.model.norm, target.lm_head
+assert left_whole == sum(module.weight.numel() for module in outside)
+head, *layers = (sum(p.numel() for p in each.parameters()) for each in (rollout, *target.model.layers))
+assert dist.get_rank() == 0 or peak == left_whole + max(head, *layers), (peak, left_whole, head, layers)
+dist.barrier()
+"""
+
+
+def run_on_two_processes(directory: Path, script: str, argument: str | Path) -> None:
+    (directory / "script.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(directory / "script.py"), str(argument)]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3"])
 def test_gradients_of_a_spread_head_are_those_of_one_process(family: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(tmp_path / "script.py"), family]
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_on_two_processes(tmp_path, GRADIENTS, family)
+
+
+def test_no_device_holds_more_than_one_layer_or_the_head_whole(tmp_path: Path) -> None:
+    described = AutoConfig.for_model(**config("deepseek_v3"))
+    AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16).save_pretrained(tmp_path / "target")
+    run_on_two_processes(tmp_path, LOADING, tmp_path / "target")

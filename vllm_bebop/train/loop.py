@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from vllm_bebop.train import checkpoint
 from vllm_bebop.train.backbone import packed_hidden_states
 from vllm_bebop.train.data import PackedRows, Row
-from vllm_bebop.train.heads import MTPHead
 from vllm_bebop.train.hidden_states import HiddenStates
 from vllm_bebop.train.log import TrainingLog
 from vllm_bebop.train.losses import LOSSES, SamplingPolicy
@@ -98,7 +97,7 @@ class Trainer:
 
     Args:
         model: the target, on `processes.device`, its layers spread over them if there are several; frozen here.
-        head: its head, in fp32 (the optimizer's master weights) on the same device.
+        rollout: of its head, in fp32 (the optimizer's master weights) on the same device, spread likewise.
         rows: the data.
         run: directory for checkpoints and logs.
         save_every: updates between checkpoints.
@@ -110,7 +109,7 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        head: MTPHead,
+        rollout: Rollout,
         rows: PackedRows,
         settings: Settings,
         run: Path,
@@ -124,9 +123,7 @@ class Trainer:
             self.updates = min(self.updates, settings.max_updates)
         self.model, self.rows, self.settings = model.requires_grad_(False).eval(), rows, settings
         self.run, self.processes, self.save_every, self.kept = run, processes, save_every, kept
-        self.rollout = Rollout(head)
-        self.lm_head = processes.vocabulary_shard(head.lm_head)
-        processes.shard(self.rollout, head.lm_head.dtype)
+        self.rollout, self.lm_head = rollout, processes.vocabulary_shard(rollout.head.lm_head)
         self.parameters = [p for p in self.rollout.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 

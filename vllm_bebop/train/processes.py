@@ -85,21 +85,22 @@ class Processes:
             )
         return lm_head.chunk(parts)[self.mesh["vocabulary"].get_local_rank()]
 
-    def hand_out(self, module: nn.Module) -> None:
-        """Give every process's module the first one's parameters and buffers, on its device.
+    def hand_out(self, module: nn.Module, leave_out: nn.Module | None = None) -> None:
+        """Give every process's module, less a part of it, the first one's parameters and buffers, on its device.
 
-        What is spread over the processes already is left as it is. The others' may be on the meta device, so that only
-        the first process needs host memory for them.
+        The others' may be on the meta device, so that only the first process needs host memory for them.
 
         Raises:
             ValueError: the modules differ.
         """
+        left_out = set() if leave_out is None else set(leave_out.modules())
         places: list[tuple[dict[str, Any], str]] = [
             (tensors, name)
             for part in module.modules()
+            if part not in left_out
             for tensors in (part._parameters, part._buffers)
             for name, tensor in tensors.items()
-            if tensor is not None and not isinstance(tensor, DTensor)
+            if tensor is not None
         ]
         ids = [id(tensors[name]) for tensors, name in places]
         ours = [(name, tensors[name].shape) for tensors, name in places]

@@ -20,6 +20,7 @@ from vllm_bebop.train.export import checkpoint_dtype, export_draft
 from vllm_bebop.train.heads import MTPHead, initial_head, load_head, new_head
 from vllm_bebop.train.hidden_states import HiddenStates
 from vllm_bebop.train.loop import Settings, Trainer, TrainingError, updates_per_epoch
+from vllm_bebop.train.objective import Rollout
 from vllm_bebop.train.processes import Processes
 from vllm_bebop.train.target import empty_target, find_checkpoint, load_target
 
@@ -72,12 +73,12 @@ def train_draft(
     }
     _refuse_other_run(run, asked)
     torch.manual_seed(settings.seed)  # for what of a head neither a checkpoint nor the target's last layer holds
-    target, head = _load(model, start, processes)
+    target, rollout = _load(model, start, processes)
     if processes.is_first:
         print(f"{documents}\n{rows}", flush=True)
         _record(run, asked)
     kept = None if hidden_states is None else HiddenStates(hidden_states, asked["model"], target.dtype)
-    trainer = Trainer(target, head, rows, settings, run, processes, save_every, kept)
+    trainer = Trainer(target, rollout, rows, settings, run, processes, save_every, kept)
     state = trainer.train()
     if not processes.is_first:
         return None
@@ -90,8 +91,8 @@ def train_draft(
     return export_draft(_whole_head(target, state), model, out, metadata)
 
 
-def _load(model: Path, start: Path | None, processes: Processes) -> tuple[PreTrainedModel, MTPHead]:
-    """The target and its head in fp32. Of several processes the first reads them; layers are spread, the rest is whole.
+def _load(model: Path, start: Path | None, processes: Processes) -> tuple[PreTrainedModel, Rollout]:
+    """The target and its head in fp32. Of several processes the first reads them; layers and head are spread.
 
     A quantised target is read by all of them: what its layers are turns out as it is loaded.
     """
@@ -101,21 +102,25 @@ def _load(model: Path, start: Path | None, processes: Processes) -> tuple[PreTra
 
     if processes.mesh is None:
         target = load_target(model, processes.device)
-        return target, read_head(target)
+        return target, Rollout(read_head(target))
     is_quantised = "quantization_config" in read_json(model / CONFIG_FILE)
     reads = processes.is_first or is_quantised
     target = load_target(model, torch.device("cpu")) if reads else empty_target(model)
     head = read_head(target) if processes.is_first else new_head(target, torch.float32)
-    for part in head.children():
-        processes.hand_out(part)
-    for layer in target.base_model.get_submodule("layers").children():
-        processes.hand_out(layer)
-        processes.shard(layer)
-    processes.hand_out(target)
-    processes.shard_root(target.base_model)
+    layers = target.base_model.get_submodule("layers")
+    processes.hand_out(target, leave_out=layers)
     head.embed_tokens = target.get_input_embeddings().get_parameter("weight").detach()
     head.lm_head = target.get_output_embeddings().get_parameter("weight").detach()
-    return target, head
+    # What is spread is whole on every device for a moment. A head of many experts is the largest: it comes first.
+    rollout = Rollout(head)
+    for part in head.children():
+        processes.hand_out(part)
+    processes.shard(rollout, head.lm_head.dtype)
+    for layer in layers.children():
+        processes.hand_out(layer)
+        processes.shard(layer)
+    processes.shard_root(target.base_model)
+    return target, rollout
 
 
 def _read(model: Path, data: Sequence[str | Path], settings: Settings, strict: bool) -> Documents:
