@@ -13,6 +13,7 @@ from tests.support.tiny_heads import config
 
 ROOT = Path(__file__).parent.parent
 GRADIENTS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -52,9 +53,11 @@ assert {parameter.dtype for parameter in rollout.parameters()} == {torch.float32
 assert all(torch.equal(spread[name].full_tensor(), gradient) for name, gradient in alone.items())
 assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in alone.values())
 dist.barrier()
+os._exit(0)  # gloo's thread may let go of a tensor while Python ends, which ends the process by SIGABRT
 """
 
 LOADING = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -86,6 +89,7 @@ assert left_whole == sum(module.weight.numel() for module in outside)
 head, *layers = (sum(p.numel() for p in each.parameters()) for each in (rollout, *target.model.layers))
 assert dist.get_rank() == 0 or peak == left_whole + max(head, *layers), (peak, left_whole, head, layers)
 dist.barrier()
+os._exit(0)  # gloo's thread may let go of a tensor while Python ends, which ends the process by SIGABRT
 """
 
 

@@ -191,6 +191,8 @@ def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, t
         "torch.distributed.barrier()\n"
         "train(model, out / 'rows_shared_out', save_every=4, hidden_states=out / 'kept')  # from update 4 on\n"
         "train(model, out / 'vocabulary_shared_out', vocabulary_parallel=2)\n"
+        "torch.distributed.barrier()\n"
+        "import os; os._exit(0)  # see tests/test_processes.py\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     result = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=300)
