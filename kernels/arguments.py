@@ -42,6 +42,13 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int | None, ...], device:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
     check_unit_stride(name, tensor)
+    check_current(name, device)
+
+
+def check_current(name: str, device: torch.device) -> None:
+    """Triton launches on the current GPU, whichever holds the tensors."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(f"{name} is on {device}, not on the current GPU: call torch.cuda.set_device({device.index})")
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:

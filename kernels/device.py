@@ -7,18 +7,23 @@ A greedy row (T < 1e-5) is the limit T -> 0 of that: L_j is the sub-block's larg
 In shapes, R is requests per program, NB sub-blocks per row (padded to a power of two).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_bebop.kernels import reference
 
-NUM_STATISTICS = 4  # planes of the statistics: logsumexp, entropy, number of NaN, largest logit before temperature
+NUM_STATISTICS = 4  # planes, see `summarize_tile`
 
 NEG_INF = tl.constexpr(float("-inf"))
 MAX_SCORE = tl.constexpr(reference.MAX_SCORE)
 GREEDY_TEMPERATURE = tl.constexpr(reference.GREEDY_TEMPERATURE)
 ON_AMD = tl.constexpr(torch.version.hip is not None)
+LOAD_BITS = tl.constexpr(8192 if ON_AMD else 4096)  # that a warp's lanes load at once, 128 each
+MAX_PLAIN = tl.constexpr(2.0**14)
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -26,6 +31,9 @@ def to_scores(logits, inverse_temperature):
     """fp32 logits / T, NaN as -inf, at most MAX_SCORE. A product with 1 / T: a division costs eight instructions."""
     scores = logits.to(tl.float32) * inverse_temperature
     return tl.minimum(tl.where(scores == scores, scores, NEG_INF), MAX_SCORE)
+
+
+IS_INTERPRETED = tl.constexpr(not isinstance(to_scores, triton.JITFunction))
 
 
 @triton.jit
@@ -56,26 +64,65 @@ def is_allowed(bitmask_rows, ids, mask):
 
 
 @triton.jit
-def summarize(scores, largest, axis: tl.constexpr):
-    """log sum exp(score - largest) and entropy in nats along `axis`; 0 and 0 where all are -inf."""
-    below = scores - tl.expand_dims(finite(largest), axis)
-    weight = tl.exp(below)
-    # A sub-block that is not empty has a sum of at least 1, so the clamp only keeps the logarithm of an empty one at 0.
-    total = tl.maximum(tl.sum(weight, axis=axis), 1.0)
-    log_total = tl.log(total)
-    mean_below = tl.sum(weight * tl.maximum(below, -1e4), axis=axis) / total  # weight 0 times -inf would be NaN
-    return log_total, log_total - mean_below
+def settle(x):
+    """x [R]; if R is 1, made of one number, or it would be loaded and computed again for each layout it is used in."""
+    if x.shape[0] == 1:
+        return tl.full([1], tl.max(x, axis=0), x.dtype)
+    else:
+        return x
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _max_or_nan(x, axis: tl.constexpr):
+    if IS_INTERPRETED:  # where any reduction but the built-in ones is a loop over elements
+        return tl.max(tl.where(x == x, x, float("inf")), axis=axis)
+    else:
+        return tl.reduce(x, axis, _larger_or_nan)
+
+
+@triton.jit
+def _exp2(x):
+    """2^x, 0 where it is below fp32's normal numbers: with those, it takes four instructions instead of one."""
+    if IS_INTERPRETED or ON_AMD:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def load_tile(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """Logits of R rows in NUM_BLOCKS sub-blocks from the first_block-th, their ids, and which of them there are.
+
+    rows: [R] pointers to each row's first logit. is_read: [R]. The logits are -inf where masked or past the row's end.
+    Shaped [R, PARTS, NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once: a sub-block is one warp's.
+    """
+    WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // rows.dtype.element_ty.primitive_bitwidth)
+    first_ids = (first_block + tl.arange(0, NUM_BLOCKS)) * SUB_BLOCK
+    within = (tl.arange(0, SUB_BLOCK // WIDTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    ids = (first_ids[None, :, None] + within)[None, :, :, :]
+    in_row = is_read[:, None, None, None] & (ids < vocab_size)
+    logits = tl.load(rows[:, None, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
+    return logits, ids, in_row
 
 
 @triton.jit
 def summarize_tile(
+    logits,
+    ids,
+    in_row,
     rows,
     bitmask_ptr,
     bitmask_row,
     is_read,
     is_stored,
     inverse_temperature,
-    is_greedy,
     tile,
     statistics,
     plane,
@@ -84,34 +131,98 @@ def summarize_tile(
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Reads one tile of R rows and stores its statistics; returns the raw logits and their ids [.., TILE, SUB_BLOCK].
+    """Stores what `finish_statistics` reads of the sub-blocks of a tile that `load_tile` has loaded,
 
-    rows: [R] pointers to each row's first logit; statistics: [R] pointers to each row's first sub-block in plane 0.
-    bitmask_ptr, bitmask_row: words of allowed tokens and each row's first one [R]; or None.
-    is_read, is_stored: [R]; a row that is stored but not read counts as empty.
+        sum_v w_v,   sum_v w_v t_v,   the number of NaN,   m = max_v x_v,
+        w_v = 2^t_v,   t_v = x_v c - o,   c = log2(e) / T,   o = m c rounded: one multiply-add a logit,
+
+    exact but for what the rounding of o took from all of them; `finish_statistics` gives that back.
+
+    A GPU has time for a dozen instructions per logit here while the next ones arrive; hence a sub-block for a warp, and
+    another path, which reads the tile again, for what only a few rows have: NaN, and numbers too large for t_v.
+
+    statistics: [R] pointers to each row's first sub-block in plane 0. bitmask_ptr, bitmask_row: words of allowed tokens
+    and each row's first one [R]; or None. is_stored: [R]; a row that is stored but not read counts as empty.
     """
-    blocks = tile * TILE + tl.arange(0, TILE)[None, :]
-    ids = (blocks * SUB_BLOCK)[:, :, None] + tl.arange(0, SUB_BLOCK)[None, None, :]
-    in_row = is_read[:, None, None] & (ids < vocab_size)
-    logits = tl.load(rows[:, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
+    values = _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row)
+    steepness = inverse_temperature[:, None]
+    largest = _max_or_nan(_max_or_nan(values, 1), 2)
+    is_plain = _is_plain(largest, steepness)
+    if tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0) != 0:
+        factor = tl.zeros_like(largest) + steepness * LOG2_E
+        _store_sums(
+            values, tl.zeros_like(largest), largest, factor, finite(largest) * factor, is_stored, tile * TILE,
+            statistics, plane, num_blocks,
+        )  # fmt: skip
+    else:
+        _summarize_with_care(
+            rows, bitmask_ptr, bitmask_row, is_read, is_stored, steepness, tile * TILE, statistics, plane, num_blocks,
+            vocab_size, SUB_BLOCK, TILE, min(TILE, 8),
+        )  # fmt: skip
+
+
+@triton.jit
+def _summarize_with_care(
+    rows,
+    bitmask_ptr,
+    bitmask_row,
+    is_read,
+    is_stored,
+    steepness,
+    first_block,
+    statistics,
+    plane,
+    num_blocks,
+    vocab_size,
+    SUB_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The same from the rows themselves, AT_ONCE sub-blocks at a time. Those that need no care get the same numbers."""
+    for first in range(first_block, first_block + TILE, AT_ONCE):
+        logits, ids, in_row = load_tile(rows, is_read, first, vocab_size, SUB_BLOCK, AT_ONCE)
+        values = _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row)
+        is_plain = _is_plain(_max_or_nan(_max_or_nan(values, 1), 2), steepness)
+        num_nan = tl.sum(tl.sum((values != values).to(tl.float32), axis=1), axis=2)
+        values = to_scores(values, 1.0)
+        largest = tl.max(tl.max(values, axis=1), axis=2)
+        top = finite(to_scores(largest, steepness))
+        below = to_scores(values, steepness[:, :, None, None]) - top[:, None, :, None]
+        values = tl.where(is_plain[:, None, :, None], values, below)
+        factor = tl.where(is_plain, steepness * LOG2_E, LOG2_E)
+        offset = tl.where(is_plain, finite(largest) * factor, 0.0)
+        _store_sums(values, num_nan, largest, factor, offset, is_stored, first, statistics, plane, num_blocks)
+
+
+@triton.jit
+def _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row):
+    """fp32 logits, -inf where the bitmask forbids."""
     values = logits.to(tl.float32)
     if bitmask_ptr is not None:
-        values = tl.where(is_allowed(bitmask_ptr + bitmask_row[:, None, None], ids, in_row), values, NEG_INF)
-    is_nan = (values != values).to(tl.int32)
-    values = to_scores(values, 1.0)
-    largest_logit = tl.max(values, axis=2)
-    largest = to_scores(largest_logit, inverse_temperature[:, None])
-    scores = to_scores(values, inverse_temperature[:, None, None])
-    num_nan = tl.sum(is_nan, axis=2)
-    log_total, entropy = summarize(scores, largest, 2)
+        values = tl.where(is_allowed((bitmask_ptr + bitmask_row)[:, None, None, None], ids, in_row), values, NEG_INF)
+    return values
 
-    mask = is_stored[:, None] & (blocks < num_blocks)
-    out = statistics[:, None] + blocks
-    tl.store(out, tl.where(is_greedy[:, None], largest, largest + log_total), mask=mask)
-    tl.store(out + plane, entropy, mask=mask)
-    tl.store(out + 2 * plane, num_nan.to(tl.float32), mask=mask)
-    tl.store(out + 3 * plane, largest_logit, mask=mask)
-    return logits, ids
+
+@triton.jit
+def _is_plain(largest, steepness):
+    """Whether no logit of a sub-block is NaN, and none so large that t_v or its rounding is."""
+    return (tl.abs(largest * (steepness * LOG2_E)) <= MAX_PLAIN) | (largest == NEG_INF)
+
+
+@triton.jit
+def _store_sums(values, num_nan, largest, factor, offset, is_stored, first_block, statistics, plane, num_blocks):
+    """See `summarize_tile`. values: [R, PARTS, NB, WIDTH]; num_nan, largest, factor, offset: [R, NB]."""
+    nothing = tl.zeros_like(values)
+    exponents = tl.fma(values, nothing + factor[:, None, :, None], nothing - offset[:, None, :, None])
+    exponents = tl.maximum(exponents, -1000.0)  # NaN too
+    weights = _exp2(exponents)
+    total = tl.sum(tl.sum(weights, axis=1), axis=2)
+    moment = tl.sum(tl.sum(weights * exponents, axis=1), axis=2)
+    found = tl.join(tl.join(total, num_nan), tl.join(moment, largest))  # the lanes exchange them all at once
+    blocks = first_block + tl.arange(0, largest.shape[1])[None, :]
+    planes = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
+    out = (statistics[:, None] + blocks)[:, :, None, None] + (planes * plane)[None, None, :, :]
+    tl.store(out, found, mask=(is_stored[:, None] & (blocks < num_blocks))[:, :, None, None])
 
 
 @triton.jit
@@ -140,6 +251,24 @@ def load_statistics(statistics, mask, num_blocks, PADDED_BLOCKS: tl.constexpr, o
     return tl.load(
         statistics[:, None] + blocks, mask=mask[:, None] & (blocks < num_blocks), other=other, cache_modifier=".cg"
     )
+
+
+@triton.jit
+def finish_statistics(statistics, plane, mask, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS: tl.constexpr):
+    """L_j and H_j of what `summarize_tile` stored, the number of NaN and the largest logit: [R, NB] each."""
+    total = load_statistics(statistics, mask, num_blocks, PADDED_BLOCKS, 1.0)
+    moment = load_statistics(statistics + plane, mask, num_blocks, PADDED_BLOCKS, 0.0)
+    num_nan = load_statistics(statistics + 2 * plane, mask, num_blocks, PADDED_BLOCKS, 0.0)
+    largest = load_statistics(statistics + 3 * plane, mask, num_blocks, PADDED_BLOCKS, NEG_INF)
+    steepness = inverse_temperature[:, None]
+    factor = steepness * LOG2_E
+    offset = finite(largest) * factor
+    lost = tl.where(_is_plain(largest, steepness) & (num_nan == 0), tl.fma(finite(largest), factor, -offset), 0.0)
+    total = tl.maximum(total, 0.5)  # about 1 at least, but where nothing is
+    log_total = tl.log(total)
+    score = tl.where(largest > NEG_INF, to_scores(largest, steepness), NEG_INF)
+    logsumexp = tl.where(is_greedy[:, None], score, score + (log_total - lost * LN_2))
+    return logsumexp, log_total - moment / total * LN_2, num_nan, largest
 
 
 @triton.jit

@@ -11,18 +11,20 @@ from vllm_bebop.kernels.device import (
     GREEDY_TEMPERATURE,
     NEG_INF,
     add_gumbel,
+    finish_statistics,
     finite,
-    load_statistics,
+    load_tile,
     merge_entropy,
     merge_logsumexp,
     pick,
+    settle,
     summarize_tile,
     take_ticket,
 )
 from vllm_bebop.kernels.filtering import find_threshold, has_filter, load_filters, load_kept_block
 
 
-@triton.jit(do_not_specialize=["num_cached", "batch"])
+@triton.jit(do_not_specialize=["num_cached", "plane", "batch"])
 def sample_kernel(
     logits_ptr,
     logits_stride,
@@ -81,9 +83,9 @@ def sample_kernel(
     slot = request.to(tl.int64)
     is_read = in_batch
     if slots_ptr is not None:
-        slot = tl.load(slots_ptr + request, mask=in_batch, other=-1).to(tl.int64)
+        slot = settle(tl.load(slots_ptr + request, mask=in_batch, other=-1)).to(tl.int64)
         is_read = in_batch & (slot >= 0)
-    temperature = tl.load(temperature_ptr + slot, mask=is_read, other=0.0)
+    temperature = settle(tl.load(temperature_ptr + slot, mask=is_read, other=0.0))
     is_cached = is_read & (slot < num_cached)
     is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
     inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
@@ -99,13 +101,14 @@ def sample_kernel(
         is_drawn = is_read & ~is_greedy & has_filter(top_k, top_p, min_p, vocab_size)
         is_last = tl.max(is_drawn.to(tl.int32), axis=0) > 0
     else:
-        logits, ids = summarize_tile(
-            row, None, None, is_read, in_batch, inverse_temperature, is_greedy, tile, statistics, plane, num_blocks,
-            vocab_size, SUB_BLOCK, TILE,
-        )  # fmt: skip
+        logits, ids, in_row = load_tile(row, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
         if cache_ptr is not None:
             cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
-            tl.store(cached[:, None, None] + ids, logits, mask=is_cached[:, None, None] & (ids < vocab_size))
+            tl.store(cached[:, None, None, None] + ids, logits, mask=in_row & is_cached[:, None, None, None])
+        summarize_tile(
+            logits, ids, in_row, row, None, None, is_read, in_batch, inverse_temperature, tile, statistics, plane,
+            num_blocks, vocab_size, SUB_BLOCK, TILE,
+        )  # fmt: skip
         is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
 
     if is_last:
@@ -114,10 +117,11 @@ def sample_kernel(
         attempt = 0
         if rounds_ptr is not None:
             attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
-        block_logsumexp = load_statistics(statistics, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
-        block_entropy = load_statistics(statistics + plane, in_batch, num_blocks, PADDED_BLOCKS, 0.0)
-        num_nan = tl.sum(load_statistics(statistics + 2 * plane, in_batch, num_blocks, PADDED_BLOCKS, 0.0), axis=1)
-        largest = load_statistics(statistics + 3 * plane, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF)
+        block_logsumexp, block_entropy, num_nan, largest = finish_statistics(
+            statistics, plane, in_batch, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS
+        )
+        if not FILTERED:
+            tl.store(num_nan_ptr + request, tl.sum(num_nan, axis=1).to(tl.int64), mask=in_batch)
         threshold = tl.zeros([REQUESTS], tl.float32) + NEG_INF
         if FILTERED:
             threshold, block_logsumexp, block_entropy = find_threshold(
@@ -152,7 +156,6 @@ def sample_kernel(
         tl.store(log_prob_ptr + request, log_prob, mask=is_drawn)
         tl.store(entropy_ptr + request, entropy, mask=is_drawn)
         tl.store(threshold_ptr + request, threshold, mask=is_drawn)
-        tl.store(num_nan_ptr + request, num_nan.to(tl.int64), mask=is_drawn)
         tl.store(is_empty_ptr + request, logsumexp == NEG_INF, mask=is_drawn)
         is_kept = is_drawn & is_cached
         if cache_logsumexp_ptr is not None:

@@ -42,13 +42,15 @@ class SamplingWorkspace:
     def __init__(self, max_batch: int, vocab_size: int, device: torch.device | str) -> None:
         self.max_batch, self.vocab_size = max_batch, vocab_size
         _, num_blocks = partition(vocab_size)
-        self.statistics = torch.empty(NUM_STATISTICS, max_batch, num_blocks, dtype=torch.float32, device=device)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)  # each aligned as the others, whatever max_batch
+
+        self.statistics = empty(NUM_STATISTICS, max_batch, num_blocks)
         self.tickets = torch.zeros(max_batch, dtype=torch.int32, device=device)  # each launch leaves zeros behind
-        self.token_ids, self.argmax_ids, self.num_nan = torch.empty(3, max_batch, dtype=torch.int64, device=device)
-        self.logsumexp, self.log_prob, self.entropy, self.threshold = torch.empty(
-            4, max_batch, dtype=torch.float32, device=device
-        )
-        self.is_empty = torch.empty(max_batch, dtype=torch.bool, device=device)
+        self.token_ids, self.argmax_ids, self.num_nan = (empty(max_batch, dtype=torch.int64) for _ in range(3))
+        self.logsumexp, self.log_prob, self.entropy, self.threshold = (empty(max_batch) for _ in range(4))
+        self.is_empty = empty(max_batch, dtype=torch.bool)
 
     def outputs(self, batch: int) -> DraftSample:
         return DraftSample(
@@ -205,7 +207,7 @@ def sample(
             REQUESTS=per_program,
             BLOCK_STREAM=int(streams[0]),
             TOKEN_STREAM=int(streams[1]),
-            num_warps=4 if filtered else 8,
+            num_warps=8 if filtered else 4,
             **OPTIONS,
         )
 

@@ -14,7 +14,6 @@ from vllm_bebop.kernels.device import (
     is_allowed,
     merge_logsumexp,
     pick,
-    summarize,
     to_scores,
 )
 
@@ -203,7 +202,7 @@ def apply_threshold(
         scores = load_kept(rows, ids, here, inverse_temperature, bitmask_ptr, bitmask_row, threshold)
         scores = tl.reshape(scores, [rows.shape[0], GROUP, SUB_BLOCK])
         top = tl.max(scores, axis=2)
-        log_total, entropy = summarize(scores, top, 2)
+        log_total, entropy = _summarize(scores, top, 2)
         is_here = tl.max(place.to(tl.int32), axis=1) > 0
         logsumexps = tl.sum(tl.where(place, (top + log_total)[:, :, None], 0.0), axis=1)
         block_logsumexp = tl.where(is_here, logsumexps, block_logsumexp)
@@ -211,6 +210,18 @@ def apply_threshold(
         block_entropy = tl.where(is_here, entropies, block_entropy)
         first += GROUP
     return block_logsumexp, block_entropy
+
+
+@triton.jit
+def _summarize(scores, largest, axis: tl.constexpr):
+    """log sum exp(score - largest) and entropy in nats along `axis`; 0 and 0 where all are -inf."""
+    below = scores - tl.expand_dims(finite(largest), axis)
+    weight = tl.exp(below)
+    # A sub-block that is not empty has a sum of at least 1, so the clamp only keeps the logarithm of an empty one at 0.
+    total = tl.maximum(tl.sum(weight, axis=axis), 1.0)
+    log_total = tl.log(total)
+    mean_below = tl.sum(weight * tl.maximum(below, -1e4), axis=axis) / total  # weight 0 times -inf would be NaN
+    return log_total, log_total - mean_below
 
 
 @triton.jit

@@ -12,7 +12,7 @@ TILE = 16  # sub-blocks that one program reads
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
 # How kernels are compiled. Were products fused into sums, each lane would add its own product before rounding and the
-# others' after it, so that lanes could disagree about their sum, and one launch with two. Costs 2 % more instructions.
+# others' after it, so that lanes could disagree about their sum, and one launch with two. Costs 4 % more instructions.
 OPTIONS = {"enable_fp_fusion": False}
 
 

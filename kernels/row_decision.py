@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from vllm_bebop.kernels.device import NEG_INF, finite, load_statistics, merge_entropy, merge_logsumexp, uniform
+from vllm_bebop.kernels.device import (
+    NEG_INF,
+    finish_statistics,
+    finite,
+    load_statistics,
+    merge_entropy,
+    merge_logsumexp,
+    uniform,
+)
 from vllm_bebop.kernels.filtering import find_threshold, load_kept, load_kept_block
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.resampling import draft_log_prob, is_below_ratio, load_draft_threshold
@@ -64,22 +72,30 @@ def decide_row(
 ):
     """Whether each row [R] accepts its draft token, from the statistics of its sub-blocks.
 
-    Stores what the rows are known by from here on: verdicts, and the planes of `rows`. With FILTERED, which is for rows
-    that have a filter, it finds their thresholds and replaces the statistics by those of what they leave.
+    Stores what the rows are known by from here on: verdicts, the planes of `rows`, and L_j and H_j of their sub-blocks
+    in the statistics' first two planes. With FILTERED, which is for rows that have a filter, it finds their
+    thresholds and replaces L_j and H_j by those of what they leave.
     """
-    block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-    block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
-    num_nan = tl.sum(load_statistics(target_statistics + 2 * plane, is_row, num_blocks, PADDED_BLOCKS, 0.0), 1)
-    threshold = tl.zeros_like(num_nan) + NEG_INF
+    threshold = tl.zeros_like(inverse_target) + NEG_INF
     if FILTERED:
+        block_logsumexp = load_statistics(target_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
+        block_entropy = load_statistics(target_statistics + plane, is_row, num_blocks, PADDED_BLOCKS, 0.0)
         largest = load_statistics(target_statistics + 3 * plane, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
         threshold, block_logsumexp, block_entropy = find_threshold(
             target_row, is_read, inverse_target, bitmask_ptr, bitmask_row, top_k, top_p, min_p,
             largest, block_logsumexp, block_entropy, vocab_size, SUB_BLOCK,
         )  # fmt: skip
-        all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
-        is_block = is_row[:, None] & (all_blocks < num_blocks)
-        tl.store(target_statistics[:, None] + all_blocks, block_logsumexp, mask=is_block)
+    else:
+        block_logsumexp, block_entropy, num_nan, largest = finish_statistics(
+            target_statistics, plane, is_row, inverse_target, is_greedy, num_blocks, PADDED_BLOCKS
+        )
+        tl.store(rows + NUM_NAN * row_plane, tl.sum(num_nan, axis=1), mask=is_row)
+    all_blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    is_block = is_row[:, None] & (all_blocks < num_blocks)
+    kept = target_statistics[:, None] + all_blocks
+    tl.debug_barrier()  # all warps have read what is overwritten here
+    tl.store(kept, block_logsumexp, mask=is_block)
+    tl.store(kept + plane, block_entropy, mask=is_block)
     logsumexp_p = merge_logsumexp(block_logsumexp, is_greedy)
     entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp_p, is_greedy)
     logsumexp_q = tl.zeros_like(logsumexp_p)
@@ -87,8 +103,10 @@ def decide_row(
         is_kept = has_draft & ~is_point_mass
         logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=is_kept, other=NEG_INF)
     elif draft_row is not None:
-        of_blocks = load_statistics(draft_statistics, is_row, num_blocks, PADDED_BLOCKS, NEG_INF)
-        logsumexp_q = merge_logsumexp(of_blocks, is_greedy)
+        draft_logsumexp, draft_entropy, draft_nan, draft_largest = finish_statistics(
+            draft_statistics, plane, is_row, inverse_draft, is_greedy, num_blocks, PADDED_BLOCKS
+        )
+        logsumexp_q = merge_logsumexp(draft_logsumexp, is_greedy)
 
     draft_threshold = load_draft_threshold(draft_threshold_ptr, slot, step, max_drafts, has_draft & ~is_point_mass)
     is_token = is_read & (token >= 0)
@@ -144,7 +162,6 @@ def decide_row(
     tl.store(rows + LSE_P * row_plane, logsumexp_p, mask=is_row)
     tl.store(rows + LSE_Q * row_plane, logsumexp_q, mask=is_row)
     tl.store(rows + ENTROPY * row_plane, entropy, mask=is_row)
-    tl.store(rows + NUM_NAN * row_plane, num_nan, mask=is_row)
     tl.store(rows + OVERLAP * row_plane, tl.where(is_drawn, overlap, float("nan")), mask=is_row)
     tl.store(rows + ARGMAX_PROB * row_plane, tl.where(is_drawn, argmax_prob, float("nan")), mask=is_row)
     tl.store(rows + LOG_RATIO * row_plane, log_ratio, mask=is_row)

@@ -92,4 +92,6 @@ def _sum(values):
 @triton.jit
 def _add(totals_ptr, plane, steps, num_steps, sums):
     place = totals_ptr + plane * num_steps + steps
-    tl.store(place, tl.load(place, mask=steps < num_steps) + sums, mask=steps < num_steps)
+    total = tl.load(place, mask=steps < num_steps) + sums
+    tl.debug_barrier()  # all warps have read what is overwritten here
+    tl.store(place, total, mask=steps < num_steps)

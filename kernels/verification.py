@@ -271,18 +271,16 @@ def verify(
             **OPTIONS,
         )
 
-    # What a bitmask, or a tile of p and one of q, keep per thread must fit registers: then 512 threads share it, 64 of
-    # which are a warp of a data-centre AMD GPU. With a bitmask, other numbers of threads therefore sum up a row than
-    # without, and may round otherwise: a token may, very rarely, differ. (vLLM masks its logits itself.)
+    # A tile of p and one of q must fit registers: 512 threads share them; of AMD's warps, twice as wide, half as many.
     wide = 8 if torch.version.hip else 16
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for
     launch(
-        tiles, max_drafts + 1, 8 if bitmask is None else wide,
+        tiles, max_drafts + 1, 8 if streams_draft_rows else 4,
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
-        launch(1, max_drafts + 1, num_warps=8, decision=True)
+        launch(1, max_drafts + 1, wide, decision=True)
     if is_block:
         launch(tiles, max_drafts, wide, block=True, resolution=True)
         return out

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, weigh_block
-from vllm_bebop.kernels.device import GREEDY_TEMPERATURE, NEG_INF, load_statistics, pick, summarize_tile, take_ticket
+from vllm_bebop.kernels.device import (
+    GREEDY_TEMPERATURE,
+    NEG_INF,
+    load_statistics,
+    load_tile,
+    pick,
+    settle,
+    summarize_tile,
+    take_ticket,
+)
 from vllm_bebop.kernels.filtering import has_filter, load_filters
 from vllm_bebop.kernels.resampling import draw_from_residual, draw_last_token, load_draft_threshold, store_residual_sums
 from vllm_bebop.kernels.row_decision import decide_row
@@ -97,14 +106,12 @@ def verify_kernel(
     slot = request.to(tl.int64)
     is_request = in_batch
     if slots_ptr is not None:
-        slot = tl.load(slots_ptr + request, mask=in_batch, other=-1).to(tl.int64)
+        slot = settle(tl.load(slots_ptr + request, mask=in_batch, other=-1)).to(tl.int64)
         is_request = in_batch & (slot >= 0)
-    num_drafts = tl.load(num_drafts_ptr + request, mask=is_request, other=0).to(tl.int32)
+    num_drafts = settle(tl.load(num_drafts_ptr + request, mask=is_request, other=0)).to(tl.int32)
     num_drafts = tl.minimum(tl.maximum(num_drafts, 0), max_drafts)
-    first_row = tl.load(first_rows_ptr + request, mask=is_request, other=0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + slot, mask=is_request, other=0.0)
-    seed = tl.load(seeds_ptr + slot, mask=is_request, other=0)
-    first_position = tl.load(positions_ptr + request, mask=is_request, other=0).to(tl.int32)
+    first_row = settle(tl.load(first_rows_ptr + request, mask=is_request, other=0)).to(tl.int64)
+    temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
     is_greedy = temperature < GREEDY_TEMPERATURE
     inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
     inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
@@ -133,8 +140,6 @@ def verify_kernel(
     if draft_ids_ptr is not None:
         draft_ids = draft_ids_ptr + (slot * max_drafts + step) * num_candidates
     has_draft = is_request & (step < num_drafts)
-    token = tl.load(tokens_ptr + request * tokens_stride + step, mask=has_draft, other=-1)
-    token = tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
     target_statistics = target_statistics_ptr + row_index * num_blocks
     rows = rows_ptr + row_index
 
@@ -156,18 +161,28 @@ def verify_kernel(
         arrival = 1 + SKIPPED
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
             arrival = 1
+            logits, ids, in_row = load_tile(target_row, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
             summarize_tile(
-                target_row, bitmask_ptr, bitmask_row, is_read, is_row, inverse_target, is_greedy, tile,
+                logits, ids, in_row, target_row, bitmask_ptr, bitmask_row, is_read, is_row, inverse_target, tile,
                 target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
             if draft_ptr is not None and draft_logsumexp_ptr is None:
                 is_read_draft = has_draft & ~is_point_mass
+                logits, ids, in_row = load_tile(draft_row, is_read_draft, tile * TILE, vocab_size, SUB_BLOCK, TILE)
                 summarize_tile(
-                    draft_row, None, None, is_read_draft, is_row, inverse_draft, is_greedy, tile,
+                    logits, ids, in_row, draft_row, None, None, is_read_draft, is_row, inverse_draft, tile,
                     draft_statistics_ptr + row_index * num_blocks, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
                 )  # fmt: skip
         if DECISION:
             arrived = take_ticket(row_tickets_ptr + group * num_steps + tl.program_id(2), tl.num_programs(0), arrival)
+            if arrived == 0:
+                return
+
+    # What is read from here on, most programs of the statistics have no need of.
+    seed = tl.load(seeds_ptr + slot, mask=is_request, other=0)
+    first_position = tl.load(positions_ptr + request, mask=is_request, other=0).to(tl.int32)
+    token = tl.load(tokens_ptr + request * tokens_stride + step, mask=has_draft, other=-1)
+    token = tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
 
     # --- Decision of one row, by the last of its tiles to arrive.
     if DECISION:

@@ -23,6 +23,7 @@ from tests.support.kernels import (
 )
 from tests.support.sampling import arguments, poisoned, sample
 from tests.support.statistics import assert_fault_is_caught, assert_law, g_test
+from vllm_bebop.kernels.arguments import check_current
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import sample_reference
 
@@ -250,6 +251,13 @@ def test_sample_names_the_wrong_argument(name: str, wrong) -> None:
     wrong = poisoned(*wrong) if isinstance(wrong, tuple) else wrong.to(DEVICE)
     with pytest.raises(ValueError, match=name):
         draft_sampling.sample(**arguments(4, 100) | {name: wrong})
+
+
+def test_logits_on_another_gpu_than_the_current_one_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    check_current("logits", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"logits is on cuda:1, .* torch.cuda.set_device\(1\)"):
+        check_current("logits", torch.device("cuda", 1))
 
 
 LAW_LOGITS = torch.randn(1100, generator=torch.Generator().manual_seed(2)) * 2  # three sub-blocks

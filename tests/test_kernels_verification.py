@@ -246,6 +246,16 @@ def test_verify_does_not_depend_on_filters_of_others(block: bool) -> None:
 
 
 @runs_kernels
+@in_every_form
+def test_verify_does_not_depend_on_whether_there_is_a_grammar(form: dict) -> None:
+    """A bitmask that allows everything changes neither a token nor the last bit of a statistic."""
+    values = with_draft_statistics(case(6, 2, 151_936, torch.bfloat16))
+    num_rows, vocab_size = values["target_logits"].shape
+    everything = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=DEVICE)
+    assert_bitwise_equal(verify(**values, bitmask=everything, **form), verify(**values, **form))
+
+
+@runs_kernels
 @pytest.mark.parametrize("single_launch", [False, True])
 def test_verify_reuses_a_workspace(single_launch: bool) -> None:
     workspace = poisoned(40, 4, 300)

@@ -99,23 +99,29 @@ def test_casts_are_those_of_pytorch(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def last_program_kernel(values_ptr, ticket_ptr, out_ptr, SEM: tl.constexpr, BARRIER: tl.constexpr, SIZE: tl.constexpr):
+def last_program_kernel(
+    values_ptr, ticket_ptr, out_ptr, SEM: tl.constexpr, BARRIER: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr
+):
     """Each program stores; the last one to take a ticket adds up what all have stored."""
     index = tl.arange(0, SIZE)
-    tl.store(values_ptr + tl.program_id(0) * SIZE + index, index + 1)
+    if not LATE:
+        tl.store(values_ptr + tl.program_id(0) * SIZE + index, index + 1)
     if BARRIER:
         tl.debug_barrier()
-    if tl.atomic_add(ticket_ptr, 1, sem=SEM) == tl.num_programs(0) - 1:
+    ticket = tl.atomic_add(ticket_ptr, 1, sem=SEM)
+    if LATE:
+        tl.store(values_ptr + tl.program_id(0) * SIZE + index, index + 1)
+    if ticket == tl.num_programs(0) - 1:
         total = tl.zeros([SIZE], tl.int32)
         for program in range(tl.num_programs(0)):
             total += tl.load(values_ptr + program * SIZE + index)
         tl.store(out_ptr + index, total)
 
 
-def add_up(sem: str = "acq_rel", barrier: bool = True, num_stored: int = 8 * 256) -> torch.Tensor:
+def add_up(sem: str = "acq_rel", barrier: bool = True, late: bool = False, num_stored: int = 8 * 256) -> torch.Tensor:
     values = torch.zeros(num_stored, dtype=torch.int32)
     ticket, out = torch.zeros(1, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
-    last_program_kernel[(8,)](values, ticket, out, sem, barrier, 256, num_warps=4)
+    last_program_kernel[(8,)](values, ticket, out, sem, barrier, late, 256, num_warps=4)
     return out
 
 
@@ -125,7 +131,7 @@ def test_last_program_sees_what_all_have_stored() -> None:
 
 
 @needs_the_emulator
-@pytest.mark.parametrize("fault", [{"sem": "relaxed"}, {"barrier": False}], ids=str)
+@pytest.mark.parametrize("fault", [{"sem": "relaxed"}, {"barrier": False}, {"late": True}], ids=str)
 def test_race_between_programs_is_noticed(fault: dict) -> None:
     with pytest.raises(RuntimeError, match="race: thread .* reads at"):
         add_up(**fault)
@@ -164,3 +170,21 @@ def reversed_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 def test_race_between_warps_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="race: thread .* reads at"):
         reversed_kernel[(1,)](torch.arange(128.0), torch.zeros(256), 128, num_warps=4)
+
+
+@triton.jit
+def reversed_in_place_kernel(x_ptr, BARRIER: tl.constexpr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + index)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + SIZE - 1 - index, x)
+
+
+@needs_the_emulator
+def test_overwriting_what_another_warp_may_not_have_read_is_noticed() -> None:
+    x = torch.arange(128.0)
+    reversed_in_place_kernel[(1,)](x, True, 128, num_warps=4)
+    assert torch.equal(x, torch.arange(128.0).flip(0))
+    with pytest.raises(RuntimeError, match="race: thread .* overwrites at"):
+        reversed_in_place_kernel[(1,)](x, False, 128, num_warps=4)

@@ -4,8 +4,8 @@
    they meet again where branches join. Blocks take turns at atomics, in a random order. Checked on the way:
    - every address lies in an argument's storage, or in the block's shared memory, and is aligned to what is accessed
    - every barrier is reached by all threads that have not returned, every shuffle by all 32 of a warp
-   - no warp reads or overwrites what another wrote without a barrier between them or, in another block, a release and an
-     acquire; nor overwrites shared memory that another has read since the last barrier. Writing the same value is fine.
+   - no warp reads or overwrites what another wrote, nor overwrites what another read, without a barrier between them or,
+     in another block, a release and an acquire. Writing the same value is fine.
    A register holds 64 bits, whatever its type; those of one name lie together, one per thread. */
 
 #include <limits.h>
@@ -19,23 +19,31 @@
 enum { WARP = 32, RETURNED = INT_MAX };
 enum Outcome { FINISHED, PAUSED, FAILED };
 
-/* Who touched a byte: a block (from 1; 0 is nobody), between which of its barriers, and which warp. */
+/* Who touched a byte: a block (from 1; 0 is nobody), between which of its barriers, which warp, after how many releases
+   of the block. */
 typedef struct {
-    uint32_t block;
+    uint32_t block, num_releases;
     uint16_t epoch;
     uint8_t warp, by_atomic;
 } Touch;
 
+/* The last who read four bytes: of a block, between two of its barriers, the warps (a bit each). */
+typedef struct {
+    uint32_t block, epoch, warps;
+} Readers;
+
 typedef struct {
     uint64_t start, size;
-    Touch *writes; /* of each byte, in this launch */
+    Touch *writes;    /* of each byte, in this launch */
+    Readers *readers; /* of each four */
     int32_t is_written;
 } Region;
 
-/* Of a block's writes, others see those before `epoch`, and in it those of `warp`: all of them after epoch `since` of
-   their own block, and in it only the warp `by`, which acquired that. */
+/* Of a block's writes, others see those before `epoch`, and in it those of `warp` before its release: all of them after
+   epoch `since` of their own block, and in it only the warp `by`, which acquired that. */
 typedef struct {
     int32_t block, epoch, warp, since, by;
+    uint32_t num_releases;
 } Seen;
 
 /* What an atomic at this address has released. */
@@ -79,6 +87,7 @@ typedef struct Block {
     Touch *shared_writes, *shared_reads;
     Seen *seen; /* of other blocks */
     int32_t num_seen;
+    uint32_t num_releases;
     int32_t has_resumed;
     uint64_t num_steps;
 } Block;
@@ -253,10 +262,15 @@ static inline uint64_t lesser(uint64_t x, uint64_t y) {
 static inline uint64_t greater(uint64_t x, uint64_t y) {
     return f32(x) == f32(y) ? (uint32_t)(x & y) : of_f32(fmaxf(f32(x), f32(y)));
 }
+static inline uint64_t greater_or_nan(uint64_t x, uint64_t y) {
+    return isnan(f32(x)) || isnan(f32(y)) ? 0x7fffffff : greater(x, y);
+}
 OP(min_f32, d[t] = lesser(x[t], y[t]))
 OP(max_f32, d[t] = greater(x[t], y[t]))
 OP(min3_f32, d[t] = lesser(lesser(x[t], y[t]), z[t]))
 OP(max3_f32, d[t] = greater(greater(x[t], y[t]), z[t]))
+OP(max_NaN_f32, d[t] = greater_or_nan(x[t], y[t]))
+OP(max3_NaN_f32, d[t] = greater_or_nan(greater_or_nan(x[t], y[t]), z[t]))
 OP(ex2_approx_f32, d[t] = of_f32(approximate(exp2(f32(x[t])))))
 OP(ex2_approx_ftz_f32, d[t] = of_f32(flushed(approximate(exp2(flushed(f32(x[t])))))))
 OP(lg2_approx_ftz_f32, d[t] = of_f32(approximate(log2(flushed(f32(x[t]))))))
@@ -390,10 +404,21 @@ static int is_ordered(Block *b, Touch who, int warp) {
     for (int k = 0; k < b->num_seen; k++) {
         Seen seen = b->seen[k];
         if (seen.block == (int32_t)who.block - 1)
-            return (who.epoch < seen.epoch || (who.epoch == seen.epoch && who.warp == seen.warp)) &&
+            return (who.epoch < seen.epoch ||
+                    (who.epoch == seen.epoch && who.warp == seen.warp && who.num_releases <= seen.num_releases)) &&
                    (seen.since < b->epoch || seen.by == warp);
     }
     return 0;
+}
+
+/* Whether this block's `warp` may overwrite what `readers` have read. */
+static int may_overwrite(Block *b, Readers readers, int warp) {
+    if (readers.block == (uint32_t)b->number + 1) return readers.epoch < b->epoch || !(readers.warps & ~(1u << warp));
+    for (int reader = 0; reader < WARP; reader++) {
+        Touch read = {readers.block, 0, readers.epoch, reader, 0};
+        if (readers.warps >> reader & 1 && !is_ordered(b, read, warp)) return 0;
+    }
+    return 1;
 }
 
 /* The place of an address to read, or to write `value` to; NULL, and the launch fails, where there is none. */
@@ -405,9 +430,16 @@ static uint8_t *global_at(Block *b, uint64_t address, int size, int t, const uin
         fail(b, "thread %d %s %d bytes at %#lx, outside of every argument", t, is_write ? "writes" : "reads", size, address);
         return NULL;
     }
-    Touch now = {b->number + 1, b->epoch, t / WARP, is_atomic};
+    Touch now = {b->number + 1, b->num_releases, b->epoch, t / WARP, is_atomic};
     Touch *writes = region->writes + (address - region->start);
+    Readers *readers = region->readers + (address - region->start) / 4;
     region->is_written |= is_write;
+    if (is_write && !(value && !memcmp((void *)address, value, size)) && !may_overwrite(b, *readers, t / WARP))
+        fail(b, "race: thread %d overwrites at %#lx what block %d reads", t, address, readers->block - 1);
+    if (!is_write) {
+        if (readers->block != now.block || readers->epoch != now.epoch) *readers = (Readers){now.block, now.epoch, 0};
+        readers->warps |= 1u << now.warp;
+    }
     for (int k = 0; k < size && region->is_written; k++) {
         int is_same = value && ((uint8_t *)address)[k] == ((const uint8_t *)value)[k];
         if (!is_same && !(is_atomic && writes[k].by_atomic) && !is_ordered(b, writes[k], t / WARP))
@@ -424,7 +456,7 @@ static uint8_t *shared_at(Block *b, uint64_t address, int size, int t, const uin
         fail(b, "thread %d touches %d bytes of shared memory at %ld of %d", t, size, address, b->launch->shared_size);
         return NULL;
     }
-    Touch now = {b->number + 1, b->epoch, t / WARP, 0};
+    Touch now = {b->number + 1, 0, b->epoch, t / WARP, 0};
     for (int k = 0; k < size; k++) {
         Touch wrote = b->shared_writes[address + k], read = b->shared_reads[address + k];
         int is_race = wrote.block == now.block && wrote.epoch == now.epoch && wrote.warp != now.warp;
@@ -474,9 +506,12 @@ static void merge(Launch *l, Seen **list, int32_t *length, const Seen *from, int
         if (*place < 0) {
             *list = realloc(*list, (*length + 1) * sizeof(Seen));
             *place = (*length)++;
-        } else if ((*list)[*place].epoch >= from[k].epoch)
-            continue;
-        (*list)[*place] = (Seen){from[k].block, from[k].epoch, from[k].warp, since, by};
+        } else {
+            Seen old = (*list)[*place];
+            if (old.epoch > from[k].epoch || (old.epoch == from[k].epoch && old.num_releases >= from[k].num_releases))
+                continue;
+        }
+        (*list)[*place] = (Seen){from[k].block, from[k].epoch, from[k].warp, since, by, from[k].num_releases};
     }
     for (int k = 0; k < *length; k++) l->places[(*list)[k].block] = -1;
 }
@@ -491,11 +526,12 @@ static void synchronize(Block *b, const Instruction *i, uint64_t address, int t)
         l->released[l->num_released++] = (Released){.address = address};
     }
     Released *at = &l->released[r];
-    Seen own = {b->number, b->epoch, t / WARP, 0, 0};
+    Seen own = {b->number, b->epoch, t / WARP, 0, 0, b->num_releases};
     if (i->acquires) merge(l, &b->seen, &b->num_seen, at->seen, at->num_seen, b->epoch, t / WARP);
     if (!i->releases) return;
     merge(l, &at->seen, &at->num_seen, b->seen, b->num_seen, 0, 0);
     merge(l, &at->seen, &at->num_seen, &own, 1, 0, 0);
+    b->num_releases++;
 }
 
 #define ATOMIC(name, bits, value)                                                                                      \
@@ -565,6 +601,7 @@ SHUFFLE(idx, lowest | (by & ~segment), from <= limit)
         }                                                                                                              \
     }
 REDUCE(max_f32, greater(result, next))
+REDUCE(max_NaN_f32, greater_or_nan(result, next))
 REDUCE(min_f32, lesser(result, next))
 REDUCE(add_s32, result + next)
 REDUCE(max_s32, (int32_t)result > (int32_t)next ? result : next)
@@ -700,12 +737,15 @@ int run_launch(Launch *l, const int *grid, int resident, int num_constants, cons
         int other = next_random(l) % (k + 1), kept = order[k];
         order[k] = order[other], order[other] = kept;
     }
-    for (int r = 0; r < l->num_regions; r++) l->regions[r].writes = calloc(l->regions[r].size, sizeof(Touch));
+    for (int r = 0; r < l->num_regions; r++) {
+        l->regions[r].writes = calloc(l->regions[r].size, sizeof(Touch));
+        l->regions[r].readers = calloc(l->regions[r].size / 4 + 1, sizeof(Readers));
+    }
     while ((num_running || started < num_blocks) && !l->error[0]) {
         while (num_running < resident && started < num_blocks) {
             Block *b = blocks[num_running++];
             b->number = order[started++];
-            b->epoch = b->num_seen = b->has_resumed = b->num_steps = 0;
+            b->epoch = b->num_seen = b->num_releases = b->has_resumed = b->num_steps = 0;
             memset(b->pc, 0, b->n * sizeof(int32_t));
             memset(b->shared, 0xa5, l->shared_size);
             set_register(b, ids[1], b->number % grid[0]);
@@ -717,7 +757,7 @@ int run_launch(Launch *l, const int *grid, int resident, int num_constants, cons
         if (run_block(b, &at) == FINISHED) blocks[chosen] = blocks[--num_running], blocks[num_running] = b;
     }
     for (int k = 0; k < resident; k++) free_block(blocks[k]);
-    for (int r = 0; r < l->num_regions; r++) free(l->regions[r].writes);
+    for (int r = 0; r < l->num_regions; r++) free(l->regions[r].writes), free(l->regions[r].readers);
     for (int r = 0; r < l->num_released; r++) free(l->released[r].seen);
     free(l->released), free(l->places), free(blocks), free(order);
     return l->error[0] ? at : -1;

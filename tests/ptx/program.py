@@ -50,6 +50,7 @@ class Region(ctypes.Structure):
         ("start", ctypes.c_uint64),
         ("size", ctypes.c_uint64),
         ("writes", ctypes.c_void_p),
+        ("readers", ctypes.c_void_p),
         ("is_written", ctypes.c_int32),
     ]
 
