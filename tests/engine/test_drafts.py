@@ -132,3 +132,23 @@ def test_dummy_target_still_gets_a_real_head():
         head = runner(llm).drafter.model
         stored = load_file(TINY_MODEL / "model.safetensors")["mtp.norm.weight"].float()
         assert (head.model.norm.weight.cpu() == stored).all()
+
+
+def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path):
+    """Such a quantization_config gives every attention scales and zero points, the head's too."""
+    pytest.importorskip("compressed_tensors")
+    target = tmp_path / "target"
+    shutil.copytree(TINY_MODEL, target)
+    config = json.loads((target / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = weights | {"strategy": "token", "dynamic": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"all": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        "ignore": ["re:.*"],
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    with engine(BEBOP, model=str(target)) as llm:
+        assert _served(llm) == native

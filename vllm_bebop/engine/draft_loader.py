@@ -36,7 +36,10 @@ logger = logging.getLogger("vllm.bebop")
 # The target's own are used: vLLM puts them in place after loading (the embedding not with pipeline parallelism).
 _SHARED_WITH_TARGET = ("lm_head", "shared_head.head", "embed_tokens")
 # Of the KV cache, if the target is quantised: vLLM's defaults stand where a checkpoint has none.
-_OPTIONAL = (".q_scale", ".k_scale", ".v_scale", ".prob_scale")
+_OPTIONAL = (
+    *(".q_scale", ".k_scale", ".v_scale", ".prob_scale"),
+    *(".q_zero_point", ".k_zero_point", ".v_zero_point"),
+)
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
