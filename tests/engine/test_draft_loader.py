@@ -37,13 +37,15 @@ def _load(monkeypatch, parameters, stored):
         for part in path:
             owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
-        owner.register_parameter(last, torch.nn.Parameter(values, requires_grad=False))
+        if not isinstance(values, torch.nn.Parameter):
+            values = torch.nn.Parameter(values, requires_grad=False)
+        owner.register_parameter(last, values)
 
     def upstream(self, model, model_config):
         for name, tensor in self.get_all_weights(model_config, model):
             parameter = model.get_parameter(name.removeprefix("mtp."))
             if not parameter.is_meta:
-                parameter.data.copy_(tensor[: len(parameter)])
+                parameter.data[: len(tensor)].copy_(tensor[: len(parameter)])
 
     monkeypatch.setattr(DefaultModelLoader, "load_weights", upstream)
     monkeypatch.setattr(
@@ -129,3 +131,19 @@ def test_scales_of_the_kv_cache_keep_their_defaults(monkeypatch, world):
     """A target in FP8 gives its head these parameters even where it leaves the head itself alone."""
     held = _load(monkeypatch, {"w": torch.empty(4), "attn.k_scale": torch.tensor([-1.0])}, {"w": torch.arange(4.0)})
     assert held["attn.k_scale"] == -1
+
+
+def test_padding_of_experts_may_be_unwritten(monkeypatch, world):
+    """vLLM rounds experts up for some kernels. What is no padding must still be there, to the last element."""
+    stored = {"experts.w2_weight": torch.arange(6.0)}
+
+    def load(padding):
+        held = torch.nn.Parameter(torch.empty(8), requires_grad=False)
+        held.weight_loader_numel = 8 - padding
+        return _load(monkeypatch, {"experts.w2_weight": held}, stored)["experts.w2_weight"]
+
+    assert load(padding=2).tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    with pytest.raises(DraftError, match="not .fully. loaded: experts.w2_weight"):
+        load(padding=1)
+    with pytest.raises(DraftError, match="holds 5 elements that differ from the 6"):
+        load(padding=3)

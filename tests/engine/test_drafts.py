@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,4 +152,29 @@ def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path)
     }
     (target / "config.json").write_text(json.dumps(config))
     with engine(BEBOP, model=str(target)) as llm:
+        assert _served(llm) == native
+
+
+def test_head_whose_experts_are_padded_starts(native, monkeypatch):
+    """As for kernels that want sizes in multiples of 256; the tiny model's experts have 128."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as upstream
+
+    if "weight_loader_numel" not in Path(upstream.__file__).read_text():
+        pytest.skip("this vLLM does not say what of its experts is padding")
+    create, sizes = upstream.UnquantizedFusedMoEMethod.create_weights, set()
+
+    def create_zeros(self, layer, *args, **kwargs):  # the target's padding is left to the kernels that want it
+        create(self, layer, *args, **kwargs)
+        sizes.add(layer.w2_weight.shape[-1])
+        for parameter in (layer.w13_weight, layer.w2_weight):
+            parameter.data.zero_()
+
+    monkeypatch.setattr(upstream.UnquantizedFusedMoEMethod, "create_weights", create_zeros)
+    monkeypatch.setattr(
+        upstream,
+        "unquantized_round_up_hidden_size_and_intermediate_size",
+        lambda backend, hidden_size, intermediate_size: (hidden_size, -(-intermediate_size // 256) * 256),
+    )
+    with engine(BEBOP) as llm:
+        assert sizes == {256}
         assert _served(llm) == native

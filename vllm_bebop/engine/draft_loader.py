@@ -4,7 +4,8 @@ Stock loaders accept a head with a missing linear layer or expert without a word
 the draft is loaded through a load format of its own, a public extension point of vLLM: every parameter is poisoned with
 NaN first, vLLM's own loader runs, and then
 
-* no NaN may be left: each element was written (checks fused and stacked parameters without knowing their layout);
+* no NaN may be left: each element was written (checks fused and stacked parameters without knowing their layout), but
+  for the padding that some kernels want around experts, which is zeroed;
 * a checksum over all elements that does not depend on their order equals that of the file's tensors, summed over
   tensor-parallel ranks (not with pipeline, data or context parallelism, which share out a head in other ways).
 
@@ -28,7 +29,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_bebop.draft import DraftError, add_checksums, element_checksum
-from vllm_bebop.engine.draft_shards import checksum_over_ranks
+from vllm_bebop.engine.draft_shards import checksum_over_ranks, padding_numel
 from vllm_bebop.families import recognise
 
 logger = logging.getLogger("vllm.bebop")
@@ -71,8 +72,7 @@ class BebopDraftLoader(DefaultModelLoader):
                 )
             logger.info("bebop: draft head loaded; it is quantised, and not compared with the file")
             return
-        unwritten = [name for name, parameter in parameters.items() if parameter.data.isnan().any()]
-        if unwritten:
+        if unwritten := [name for name, parameter in parameters.items() if not _zero_padding(parameter)]:
             raise DraftError(
                 f"draft {model_config.model}: these parameters were not (fully) loaded: {', '.join(unwritten)}. The "
                 "head is incomplete or holds NaN; `bebop doctor --model MODEL --draft DRAFT` names the tensors"
@@ -122,6 +122,16 @@ def _head_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if not any(part in name for part in shared) and not name.endswith(_OPTIONAL)
     }
+
+
+def _zero_padding(parameter: torch.nn.Parameter) -> bool:
+    """Put 0 where the parameter is NaN; False, and nothing changes, if that is more than its padding."""
+    unwritten = parameter.data.isnan()
+    if (count := int(unwritten.sum())) > padding_numel(parameter):
+        return False
+    if count:
+        parameter.data.masked_fill_(unwritten, 0)
+    return True
 
 
 def _only_tensor_parallel() -> bool:
