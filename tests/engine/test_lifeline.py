@@ -1,12 +1,16 @@
 """A worker whose server is gone ends, even one that cannot handle SIGTERM."""
 
+import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
+import pytest
 
 from tests.support.engines import ROOT
+from vllm_bebop.engine import lifeline
 
 # As one that waits inside a driver or a collective call.
 _WORKER = """
@@ -49,3 +53,36 @@ def test_worker_that_ignores_sigterm_is_killed():
     while _runs(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _runs(worker)
+
+
+@pytest.fixture
+def unrelated():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def test_only_the_process_announced_is_followed(unrelated, monkeypatch):
+    """On another host or in another container, Ray's worker finds someone else under the server's id, or nobody."""
+    monkeypatch.setenv(lifeline._SERVER, "")  # and put back what was there
+    lifeline.announce_server()
+    pid, start = os.environ[lifeline._SERVER].split(":")
+    followed = []
+    monkeypatch.setattr(lifeline.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: followed.append(True)))
+    for process in (f"{unrelated.pid}:{start}", f"{unrelated.pid}", f"{2**22 + 1}:{start}", f"{pid}:{start}"):
+        monkeypatch.setenv(lifeline._SERVER, process)
+        lifeline.follow_server()
+        assert not followed
+    monkeypatch.setenv(lifeline._SERVER, f"{unrelated.pid}:{unrelated.create_time()!r}")
+    lifeline.follow_server()
+    assert followed
+
+
+def test_server_that_ends_while_it_is_looked_at_is_gone(monkeypatch):
+    def gone(self):
+        raise psutil.NoSuchProcess(self.pid)
+
+    server = psutil.Process()
+    assert lifeline._lives(server)
+    monkeypatch.setattr(psutil.Process, "status", gone)
+    assert not lifeline._lives(server)
