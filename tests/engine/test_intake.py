@@ -28,7 +28,7 @@ def _taken_in(speculative_config, config=CONFIG, pipeline_parallel_size=1, load_
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(str(TINY_MODEL), speculative_config=speculative_config, **(load_options or {}))
-    described = {"model": str(TINY_MODEL), "revision": None, "model_weights": ""} | model
+    described = {"model": str(TINY_MODEL), "revision": None, "code_revision": None, "model_weights": ""} | model
     model_config = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config), **described)
     parallel_config = SimpleNamespace(worker_cls="auto", pipeline_parallel_size=pipeline_parallel_size)
     intake._apply(args, translate(speculative_config, {}), model_config, parallel_config)
@@ -57,6 +57,30 @@ def test_target_as_its_own_draft_is_the_targets_head(name):
 @pytest.mark.parametrize("target", ["org/model", "/cache/models--org--model/snapshots/abc"])
 def test_targets_hub_id_as_draft_is_the_targets_head(target):
     assert "model" not in _taken_in(BEBOP | {"model": "org/model"}, model=target).speculative_config
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"revision": "v2"}, {"model": "org/model"}, {"model": "org/model", "revision": "v2"}]
+)
+def test_own_head_is_of_the_targets_revision(change):
+    """vLLM itself would read the head from the repository's default revision."""
+    taken_in = _taken_in(BEBOP | change, model="org/model", revision="v2", code_revision="c2").speculative_config
+    assert (taken_in["revision"], taken_in["code_revision"]) == ("v2", "c2")
+    assert "model" not in taken_in
+    asked = BEBOP | change | {"code_revision": "c1"}
+    assert _taken_in(asked, model="org/model", revision="v2").speculative_config["code_revision"] == "c1"
+
+
+def test_default_revision_has_a_name():
+    for change in ({"revision": "main"}, {"model": "org/model", "revision": "main"}):
+        assert "model" not in _taken_in(BEBOP | change, model="org/model").speculative_config
+
+
+def test_another_revision_without_a_model_is_refused():
+    with pytest.raises(BebopConfigError, match="'revision': 'v1' without 'model'.* revision is 'v2': name the draft"):
+        _taken_in(BEBOP | {"revision": "v1"}, model="org/model", revision="v2")
+    with pytest.raises(BebopConfigError, match="'revision': 'v1' without 'model'.* revision is 'main'"):
+        _taken_in(BEBOP | {"revision": "v1"})
 
 
 def test_another_revision_of_the_target_is_a_draft(monkeypatch):

@@ -70,9 +70,9 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     if not isinstance(args.additional_config, dict):
         raise BebopConfigError("'additional_config' must be a dict (or unset): bebop's options travel in it")
     if translation.draft is not None and _is_the_target(translation, model_config):
-        translation = dataclasses.replace(translation, draft=None, revision=None)
+        translation = dataclasses.replace(translation, draft=None)
     if translation.draft is None:
-        _check_own_head(model_config)
+        _check_own_head(translation, model_config)
     else:
         _check_draft(translation, model_config, parallel_config)
     # As the target is loaded, but for the format, and for options that only concern that.
@@ -83,6 +83,9 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
         path = Path(translation.draft).expanduser()
         speculative_config["model"] = str(path) if path.exists() else translation.draft
         speculative_config["revision"] = translation.revision
+    else:  # of the target's own repository vLLM would read the default revision
+        own = {"revision": model_config.revision, "code_revision": model_config.code_revision}
+        speculative_config = own | speculative_config
 
     worker_cls = parallel_config.worker_cls
     # A framework's own worker is composed with: our module builds a subclass of the class named in the brackets.
@@ -105,16 +108,25 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
 def _is_the_target(translation: Translation, model_config: Any) -> bool:
     """Whether the draft named is the target itself: its path, or its Hub id."""
     draft, target = str(translation.draft), Path(model_config.model)
-    if translation.revision not in (None, model_config.revision):
+    if not _is_targets_revision(translation, model_config):
         return False
     in_hub_cache = f"models--{draft.replace('/', '--')}" in target.parts  # where vLLM looks for a Hub id when offline
     return in_hub_cache or Path(draft).expanduser().resolve() == target.resolve()
 
 
-def _check_own_head(model_config: Any) -> None:
+def _is_targets_revision(translation: Translation, model_config: Any) -> bool:
+    return translation.revision in (None, model_config.revision or "main")
+
+
+def _check_own_head(translation: Translation, model_config: Any) -> None:
     """Refuse a target without a usable head of its own before it loads."""
     from vllm_bebop import draft as drafts
 
+    if not _is_targets_revision(translation, model_config):
+        raise BebopConfigError(
+            f"'revision': {translation.revision!r} without 'model' means the target's own head, and the target's "
+            f"revision is {model_config.revision or 'main'!r}: name the draft by 'model', or drop the key"
+        )
     drafts.refuse_misread_path(model_config.model)
     if getattr(model_config, "model_weights", ""):
         raise BebopConfigError(
