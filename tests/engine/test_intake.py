@@ -144,3 +144,41 @@ def test_switch_without_effect_warns(monkeypatch):
 def test_relative_draft_is_found_from_home(draft, monkeypatch):
     monkeypatch.setenv("HOME", str(Path(draft).parent))
     assert _taken_in(BEBOP | {"model": "~/draft"}).speculative_config["model"] == str(draft)
+
+
+def _engine_config(**arguments):
+    """What `vllm serve` builds from these arguments."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_bebop.plugin import register
+
+    register()
+    return EngineArgs(str(TINY_MODEL), **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"spec_method": "mtp", "spec_tokens": 2},
+        {"spec_method": "mtp", "speculative_config": {"num_speculative_tokens": 2}},
+        {"spec_tokens": 2, "speculative_config": {"method": "mtp"}},
+        {"spec_tokens": 2, "speculative_config": {"method": "mtp", "num-speculative-tokens": 2}},
+    ],
+)
+def test_shorthand_flags_stand_for_keys(arguments, monkeypatch):
+    monkeypatch.setenv("VLLM_BEBOP", "1")
+    config = _engine_config(**arguments)
+    assert config.additional_config["bebop"] and config.speculative_config.num_speculative_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"spec_tokens": 2}, "--spec-tokens 2 contradicts 'num_speculative_tokens': 3"),
+        ({"spec_method": "mtp"}, "--spec-method mtp contradicts 'method': 'bebop'"),
+        ({"spec_model": "a"}, "--spec-model a contradicts 'model': 'b'"),
+    ],
+)
+def test_flag_that_contradicts_its_key_is_refused(arguments, complaint):
+    with pytest.raises(BebopConfigError, match=complaint):
+        _engine_config(speculative_config=BEBOP | {"model": "b"}, **arguments)

@@ -22,6 +22,8 @@ from vllm_bebop.engine.lifeline import announce_server
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
 _WORKER_MODULE = "vllm_bebop.engine.worker"
+# vLLM's shorthand for keys of the speculative config, as EngineArgs holds it.
+_FLAGS = {"method": "spec_method", "model": "spec_model", "num_speculative_tokens": "spec_tokens"}
 
 
 def install() -> None:
@@ -35,7 +37,8 @@ def install() -> None:
         if "bebop" not in (self.additional_config or {}):  # a second call finds its own translation and keeps it
             given = _as_given(self)
             translation = translate(given, os.environ)
-            if translation is not None:
+            if given is not None and translation is not None:
+                _refuse_contradictions(self, given)
                 _apply(self, translation, *_target_configs(*args, **kwargs))
             elif given is not None and switched_on(os.environ):
                 logger.warning(
@@ -49,14 +52,26 @@ def install() -> None:
 
 
 def _as_given(args: EngineArgs) -> dict[str, Any] | None:
-    """The speculative config, with vLLM's shorthand flags (--spec-tokens, --spec-model) folded in."""
-    if args.speculative_config is None:
+    """The speculative config, with vLLM's shorthand flags folded in; None without either."""
+    flags = _flags(args)
+    if args.speculative_config is None and not flags:
         return None
-    given = dict(args.speculative_config)
-    for key, value in (("model", args.spec_model), ("num_speculative_tokens", args.spec_tokens)):
-        if value is not None and key not in given:
-            given[key] = value
-    return given
+    return flags | {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+
+
+def _flags(args: EngineArgs) -> dict[str, Any]:
+    values = {key: getattr(args, flag, None) for key, flag in _FLAGS.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _refuse_contradictions(args: EngineArgs, given: dict[str, Any]) -> None:
+    """Newer versions of vLLM would refuse them too; older ones let the flag win."""
+    for key, value in _flags(args).items():
+        if value != given[key]:
+            option = f"--{_FLAGS[key].replace('_', '-')}"
+            raise BebopConfigError(
+                f"{option} {value} contradicts {key!r}: {given[key]!r} in the speculative config; give only one"
+            )
 
 
 def _target_configs(target_model_config: Any, target_parallel_config: Any) -> tuple[Any, Any]:
