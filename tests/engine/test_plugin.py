@@ -1,13 +1,16 @@
 """Installed and not asked for, bebop leaves vLLM stock; asked for, it reaches every worker."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.support.engines import BEBOP, ROOT, TINY_MODEL, engine, runner, token_ids
+from vllm_bebop.bench.conditions import on_cpu
 
 # Prints, as JSON, seeded output of stock configs and where each symbol that bebop would touch was defined.
 _PROBE = """
@@ -68,6 +71,28 @@ def test_register_is_idempotent():
     once = EngineArgs.create_speculative_config
     register()
     assert EngineArgs.create_speculative_config is once
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU needs no mend")
+def test_mend_is_installed_once_over_whatever_stands_there(monkeypatch):
+    """Another plugin may have wrapped the function before."""
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from vllm_bebop.engine import cpu_mend
+
+    @functools.wraps(topk_topp_sampler.apply_top_k_only)
+    def of_another_plugin(logits, k):
+        raise AssertionError("asked about no logits")
+
+    monkeypatch.setattr(topk_topp_sampler, "apply_top_k_only", of_another_plugin)
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", None)
+    cpu_mend.install()
+    mended = topk_topp_sampler.apply_top_k_only
+    assert mended(torch.empty(0, 4), torch.empty(0)).shape == (0, 4)
+    assert rejection_sampler.expand_batch_to_tokens is cpu_mend.expand_batch_to_tokens
+    cpu_mend.install()
+    assert topk_topp_sampler.apply_top_k_only is mended
 
 
 def test_method_reads_mtp_afterwards():

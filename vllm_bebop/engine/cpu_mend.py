@@ -33,12 +33,13 @@ def expand_batch_to_tokens(
 def install() -> None:
     """Replace the faulty functions, once; does nothing on a GPU, where they work."""
     upstream = topk_topp_sampler.apply_top_k_only
-    if not current_platform.is_cpu() or hasattr(upstream, "__wrapped__"):
+    if not current_platform.is_cpu() or hasattr(upstream, "_bebop_original"):
         return
 
     @functools.wraps(upstream)
     def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return upstream(logits, k) if len(logits) else logits
 
+    apply_top_k_only._bebop_original = upstream  # type: ignore[attr-defined]
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
