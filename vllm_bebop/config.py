@@ -107,7 +107,7 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
     options = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
     method = options.get("method")
     if method != "bebop":
-        if not switched_on(environ) or not _is_mtp(method):
+        if not _is_mtp(method) or not switched_on(environ):
             return None
         options |= _options_from_env(environ, options)
 

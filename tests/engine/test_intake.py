@@ -182,3 +182,11 @@ def test_shorthand_flags_stand_for_keys(arguments, monkeypatch):
 def test_flag_that_contradicts_its_key_is_refused(arguments, complaint):
     with pytest.raises(BebopConfigError, match=complaint):
         _engine_config(speculative_config=BEBOP | {"model": "b"}, **arguments)
+
+
+def test_switch_is_not_read_without_speculation(monkeypatch):
+    """The variable may be meant for other engines on the machine."""
+    monkeypatch.setenv("VLLM_BEBOP", "yes")
+    assert _engine_config().speculative_config is None
+    with pytest.raises(BebopConfigError, match="VLLM_BEBOP='yes': set it to 1"):
+        _engine_config(speculative_config={"method": "mtp", "num_speculative_tokens": 2})
