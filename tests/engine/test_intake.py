@@ -190,3 +190,15 @@ def test_switch_is_not_read_without_speculation(monkeypatch):
     assert _engine_config().speculative_config is None
     with pytest.raises(BebopConfigError, match="VLLM_BEBOP='yes': set it to 1"):
         _engine_config(speculative_config={"method": "mtp", "num_speculative_tokens": 2})
+
+
+def test_relative_draft_is_handed_on_as_an_absolute_path(draft, monkeypatch):
+    """Workers may start elsewhere; and vLLM reads the method from the whole path."""
+    monkeypatch.chdir(Path(draft).parent)
+    assert _taken_in(BEBOP | {"model": "draft"}).speculative_config["model"] == str(draft)
+    misread = Path(draft).parent / "eagle3"
+    misread.mkdir()
+    (misread / "draft").symlink_to(draft)
+    monkeypatch.chdir(misread)
+    with pytest.raises(DraftError, match="'eagle3', from which vLLM concludes"):
+        _taken_in(BEBOP | {"model": "draft"})

@@ -84,6 +84,7 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     require_supported_vllm()
     if not isinstance(args.additional_config, dict):
         raise BebopConfigError("'additional_config' must be a dict (or unset): bebop's options travel in it")
+    translation = _with_absolute_path(translation)
     if translation.draft is not None and _is_the_target(translation, model_config):
         translation = dataclasses.replace(translation, draft=None)
     if translation.draft is None:
@@ -94,10 +95,8 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     load_config = dataclasses.asdict(args.create_load_config())
     load_config |= {"load_format": "bebop", "model_loader_extra_config": {}}
     speculative_config = translation.speculative_config | {"draft_load_config": load_config}
-    if translation.draft is not None:  # a Hub id as it is: other nodes have caches of their own
-        path = Path(translation.draft).expanduser()
-        speculative_config["model"] = str(path) if path.exists() else translation.draft
-        speculative_config["revision"] = translation.revision
+    if translation.draft is not None:
+        speculative_config |= {"model": translation.draft, "revision": translation.revision}
     else:  # of the target's own repository vLLM would read the default revision
         own = {"revision": model_config.revision, "code_revision": model_config.code_revision}
         speculative_config = own | speculative_config
@@ -120,13 +119,21 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     )
 
 
+def _with_absolute_path(translation: Translation) -> Translation:
+    """Workers may start in another directory. A Hub id stays as it is: other nodes have caches of their own."""
+    path = Path(translation.draft or "").expanduser()
+    if translation.draft is None or not path.exists():
+        return translation
+    return dataclasses.replace(translation, draft=str(path.absolute()))
+
+
 def _is_the_target(translation: Translation, model_config: Any) -> bool:
     """Whether the draft named is the target itself: its path, or its Hub id."""
     draft, target = str(translation.draft), Path(model_config.model)
     if not _is_targets_revision(translation, model_config):
         return False
     in_hub_cache = f"models--{draft.replace('/', '--')}" in target.parts  # where vLLM looks for a Hub id when offline
-    return in_hub_cache or Path(draft).expanduser().resolve() == target.resolve()
+    return in_hub_cache or Path(draft).resolve() == target.resolve()
 
 
 def _is_targets_revision(translation: Translation, model_config: Any) -> bool:
