@@ -342,6 +342,15 @@ def test_a_draft_of_another_base_model_gets_a_warning(tmp_path):
     assert not read_draft(tmp_path / "draft", TARGET, "org/not-downloaded").warnings
 
 
+def test_target_without_readable_weights_is_a_warning(tmp_path):
+    """vLLM may hold its weights in another format, or be sent them."""
+    (tmp_path / "target").mkdir()
+    write_draft(tmp_path / "draft", head(TARGET), TARGET, {"base_fingerprint": "0" * 64})
+    (warning,) = read_draft(tmp_path / "draft", TARGET, tmp_path / "target").warnings
+    assert warning.startswith("could not tell whether the draft was trained for these weights: ")
+    assert "safetensors" in warning
+
+
 def test_differing_numerics_and_a_quantised_target_get_warnings(tmp_path):
     quantised = {"quantization_config": {"quant_method": "fp8"}}
     target = config("qwen3_next", rope_parameters={"rope_theta": 1e4}) | quantised

@@ -321,7 +321,11 @@ def _fingerprint_warnings(metadata: Mapping[str, Any], target_dir: str | Path | 
     trained_for = metadata.get("base_fingerprint")
     if trained_for is None or target_dir is None or not Path(target_dir).is_dir():
         return []
-    if (found := fingerprint(target_dir)) == trained_for:
+    try:
+        found = fingerprint(target_dir)
+    except (CheckpointError, OSError) as error:  # weights in another format, or only a config, for load_format dummy
+        return [f"could not tell whether the draft was trained for these weights: {error}"]
+    if found == trained_for:
         return []
     return [
         f"the draft was trained for a base model with fingerprint {str(trained_for)[:12]}, this one has {found[:12]}: "
