@@ -356,8 +356,15 @@ def test_differing_numerics_and_a_quantised_target_get_warnings(tmp_path):
     target = config("qwen3_next", rope_parameters={"rope_theta": 1e4}) | quantised
     made = save(tmp_path / "d", config_json=config("qwen3_next", rope_theta=1e6))
     warnings = "\n".join(read_draft(made, target).warnings)
-    assert "rope_theta is 1000000.0 in the draft's config.json, 10000.0 in the target's" in warnings
+    assert "rope_theta is 1000000.0 in the draft's config.json, and 10000.0 in the target's, which is used" in warnings
     assert "the target is quantised (fp8)" in warnings
+
+
+def test_differing_numerics_of_a_deepseek_head_are_its_own(tmp_path):
+    """vLLM builds its layers after the draft's config."""
+    ours, target = (config("deepseek_v3", rope_theta=theta) for theta in (1e6, 1e4))
+    (warning,) = read_draft(save(tmp_path / "d", head(ours), ours), target).warnings
+    assert warning == "rope_theta is 10000.0 in the target's, and 1000000.0 in the draft's config.json, which is used"
 
 
 _ATTENTION, _EXPERTS = "mtp.layers.0.self_attn.o_proj", "mtp.layers.0.mlp.experts.0.down_proj"

@@ -43,6 +43,8 @@ class Family:
         concat: what the input projection sees first: ("embedding", "hidden") or ("hidden", "embedding").
         zero_embedding_at_0: the embedding at position 0 is replaced by zeros.
         hidden_recycled: what the next draft step is fed, before or after the head's own last norm.
+        built_after: whose config.json vLLM builds the layers after, the "target"'s or the "draft"'s (a target's own
+            head is its draft too, but --hf-overrides do not reach it there).
         norm_adds_one: RMSNorm multiplies by (1 + weight) instead of weight.
     Tensors:
         prefix: of the native names; {index} is the MTP layer's number, {depth} continues the backbone's count.
@@ -61,6 +63,7 @@ class Family:
     concat: tuple[str, str]
     zero_embedding_at_0: bool
     hidden_recycled: str
+    built_after: str
     norm_adds_one: bool
     prefix: str
     tensors: Callable[[Config, tuple[str, ...], int, str], Named]
@@ -307,6 +310,7 @@ def _qwen_family(
         concat=("embedding", "hidden"),
         zero_embedding_at_0=False,
         hidden_recycled="post_norm",
+        built_after="target",
         norm_adds_one=True,
         prefix="mtp.",
         tensors=_qwen,
@@ -355,6 +359,7 @@ FAMILIES = (
         concat=("embedding", "hidden"),
         zero_embedding_at_0=True,
         hidden_recycled="post_norm",
+        built_after="draft",
         norm_adds_one=False,
         prefix="model.layers.{depth}.",
         tensors=_deepseek,
@@ -372,6 +377,7 @@ FAMILIES = (
         concat=("embedding", "hidden"),
         zero_embedding_at_0=True,
         hidden_recycled="pre_norm",
+        built_after="target",
         norm_adds_one=False,
         prefix="model.layers.{depth}.",
         tensors=_glm,
@@ -389,6 +395,7 @@ FAMILIES = (
         concat=("hidden", "embedding"),
         zero_embedding_at_0=True,
         hidden_recycled="post_norm",
+        built_after="target",
         norm_adds_one=False,
         prefix="model.mtp_layers.{index}.",
         tensors=_mimo,

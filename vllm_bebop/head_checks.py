@@ -102,7 +102,9 @@ def config_warnings(family: Family, config: Config, target_config: Config) -> li
     for key in _NUMERICS:
         ours, theirs = _numeric(config, key), _numeric(target_config, key)
         if None not in (ours, theirs) and ours != theirs:
-            warnings.append(f"{key} is {ours} in the draft's config.json, {theirs} in the target's, which is used")
+            of_draft, of_target = f"{ours} in the draft's config.json", f"{theirs} in the target's"
+            used, other = (of_target, of_draft) if family.built_after == "target" else (of_draft, of_target)
+            warnings.append(f"{key} is {other}, and {used}, which is used")
     method, _ = _quantisation(target_config)
     if method not in (None, *_EXCEPTIONS) or quantised_module(family, config, target_config) is not None:
         warnings.append(

@@ -178,3 +178,14 @@ def test_head_whose_experts_are_padded_starts(native, monkeypatch):
     with engine(BEBOP) as llm:
         assert sizes == {256}
         assert _served(llm) == native
+
+
+def test_context_that_overrides_extend_is_drafted_for():
+    """Model runner V1 drafts for no request of a batch in which one is longer than the draft allows."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": [5 + i % 50 for i in range(1100)]}  # config.json ends at 1024
+    with engine(BEBOP, max_model_len=2048, hf_overrides={"max_position_embeddings": 4096}, max_num_seqs=4) as llm:
+        llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True), use_tqdm=False)
+        rounds, accepted = accepted_per_position(llm)
+    assert 0 < accepted[0] <= rounds < 40

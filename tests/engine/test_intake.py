@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
+from tests.support import tiny_heads
 from tests.support.engines import BEBOP, TINY_MODEL
 from vllm_bebop.config import BebopConfigError, translate
 from vllm_bebop.draft import DraftError, draft_config, head_tensor_names, write_draft
@@ -202,3 +203,29 @@ def test_relative_draft_is_handed_on_as_an_absolute_path(draft, monkeypatch):
     monkeypatch.chdir(misread)
     with pytest.raises(DraftError, match="'eagle3', from which vLLM concludes"):
         _taken_in(BEBOP | {"model": "draft"})
+
+
+LONGER = {"max_model_len": 2048, "hf_overrides": {"max_position_embeddings": 4096}}  # config.json says 1024
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+def test_draft_serves_contexts_that_overrides_extend(draft, own_head):
+    asked = BEBOP if own_head else BEBOP | {"model": str(draft)}
+    assert (
+        _engine_config(speculative_config=asked, **LONGER).speculative_config.draft_model_config.max_model_len == 2048
+    )
+    shorter = _engine_config(speculative_config=asked | {"max_model_len": 512}, **LONGER)
+    assert shorter.speculative_config.draft_model_config.max_model_len == 512
+
+
+def test_deepseek_draft_keeps_its_length_and_warns(monkeypatch):
+    """Its layers, rotary table included, are built after the draft's config."""
+    warnings = []
+    monkeypatch.setattr(intake.logger, "warning", lambda text, *a: warnings.append(text % a))
+    hf_config = SimpleNamespace(to_dict=lambda: tiny_heads.config("deepseek_v3"))
+    draft = SimpleNamespace(max_model_len=1024, hf_config=hf_config)
+    intake._extend_draft(draft, SimpleNamespace(max_model_len=1024))
+    assert not warnings
+    intake._extend_draft(draft, SimpleNamespace(max_model_len=2048))
+    assert draft.max_model_len == 1024
+    assert "ends at 1024 tokens, the target's at 2048: vLLM builds a DeepSeek-V3 head" in warnings[0]

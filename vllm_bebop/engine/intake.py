@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_bebop.config import BebopConfigError, Translation, switched_on, translate
 from vllm_bebop.engine.lifeline import announce_server
+from vllm_bebop.families import recognise
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
@@ -45,7 +46,11 @@ def install() -> None:
                     'VLLM_BEBOP=1 has no effect on method %r: bebop takes over "mtp" and its "..._mtp" aliases only',
                     given.get("method"),
                 )
-        return original(self, *args, **kwargs)
+        config = original(self, *args, **kwargs)
+        is_ours = config is not None and "bebop" in (self.additional_config or {})
+        if is_ours and self.speculative_config.get("max_model_len") is None:
+            _extend_draft(config.draft_model_config, _target_configs(*args, **kwargs)[0])
+        return config
 
     create_speculative_config._bebop_original = original  # type: ignore[attr-defined]
     EngineArgs.create_speculative_config = create_speculative_config
@@ -116,6 +121,28 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
         speculative_config["num_speculative_tokens"],
         translation.config.acceptance,
         translation.draft or "the target's own checkpoint",
+    )
+
+
+def _extend_draft(draft: Any, target: Any) -> None:
+    """Let the draft serve contexts as long as the target's.
+
+    vLLM derives its length from its own config.json, which a dict of `hf_overrides` does not reach, and model runner V1
+    stops drafting for the whole batch past it. Most heads are built after the target's config all the same.
+    """
+    if draft.max_model_len >= target.max_model_len:
+        return
+    family = recognise(draft.hf_config.to_dict())
+    if family.built_after == "target":
+        draft.max_model_len = target.max_model_len
+        return
+    logger.warning(
+        "bebop: the draft's context ends at %d tokens, the target's at %d: vLLM builds a %s head after the head's own "
+        "config.json, which --hf-overrides do not reach. Drafts past that length are useless or, on model runner V1, "
+        "none; extend the context in config.json instead",
+        draft.max_model_len,
+        target.max_model_len,
+        family.name,
     )
 
 
