@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.parity_inputs import small_head, small_target
 from vllm_bebop.bench import expectation
 from vllm_bebop.bench.expectation import (
     SURVIVAL,
@@ -14,6 +15,7 @@ from vllm_bebop.bench.expectation import (
     expected_survival,
     rejection_sampling_survival,
 )
+from vllm_bebop.train.evaluate import Text, chain_statistics
 from vllm_bebop.train.losses import SamplingPolicy
 
 VOCAB_SIZE, NUM_STEPS = 4, 3
@@ -148,10 +150,8 @@ def test_text_token_rounded_to_probability_0_gives_no_nan(survival, draft_has_it
 def test_expected_survival_filters_target_and_draft_each_by_its_policy(monkeypatch) -> None:
     """A model whose hidden states are its logits; chains of one draft from slots 0 and 2."""
     target, draft = (torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    states = SimpleNamespace(last_hidden_state=target[None])
-    model = SimpleNamespace(
-        device="cpu", base_model=lambda ids, use_cache: states, get_output_embeddings=lambda: lambda hidden: hidden
-    )
+    model = SimpleNamespace(device="cpu", get_output_embeddings=lambda: lambda hidden: hidden)
+    monkeypatch.setattr(expectation, "target_hidden_states", lambda model, ids: (target[None], target[None]))
     monkeypatch.setattr(expectation, "rollout_hidden_states", lambda head, hidden, ids, num_steps: draft[None, None])
     head = SimpleNamespace(logits=lambda hidden: hidden)
 
@@ -164,3 +164,15 @@ def test_expected_survival_filters_target_and_draft_each_by_its_policy(monkeypat
     cut_p, cut_q = (x * (x >= x.topk(2).values[:, 1:]) / x.topk(2).values.sum(-1, keepdim=True) for x in (p, q))
     torch.testing.assert_close(survival(top_k, top_k), torch.minimum(cut_p, cut_q).sum(-1))
     torch.testing.assert_close(survival(top_k, plain), torch.minimum(cut_p, q).sum(-1))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mimo"])
+def test_expected_survival_is_what_evaluation_predicts(family) -> None:
+    """`bebop eval` computes the first step's overlap on its own; MiMo's head is fed what the final norm reads."""
+    model, head = small_target(family), small_head(family)
+    model.get_output_embeddings().weight.data.copy_(head.lm_head)
+    token_ids = torch.randint(96, (12,), generator=torch.Generator().manual_seed(5)).tolist()
+    policy = SamplingPolicy(0.7)
+    expected = expected_survival(model, head, token_ids, range(11), 1, policy, policy, "rejection")
+    overlap = chain_statistics(model, head, Text(token_ids), 1, policy).rates["rejection_sampling"]
+    torch.testing.assert_close(expected, overlap)

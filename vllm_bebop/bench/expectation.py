@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vllm_bebop.train.heads import MTPHead
 from vllm_bebop.train.losses import SamplingPolicy
-from vllm_bebop.train.rollout import rollout_hidden_states
+from vllm_bebop.train.rollout import rollout_hidden_states, target_hidden_states
 
 Survival = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -104,13 +104,13 @@ def expected_survival(
     if max(anchors) + num_steps >= len(token_ids):
         raise ValueError(f"a chain of {num_steps} from slot {max(anchors)} runs past {len(token_ids)} tokens")
     ids = torch.tensor([token_ids], device=model.device)
-    hidden_states = model.base_model(ids, use_cache=False).last_hidden_state
+    fed, teacher = target_hidden_states(model, ids)
     rows = torch.tensor(anchors, device=model.device)
     # Logits of these rows only: tensors of [num_steps, rows, vocab_size] are the largest here.
-    draft_logits = head.logits(rollout_hidden_states(head, hidden_states, ids, num_steps)[:, 0, rows])
+    draft_logits = head.logits(rollout_hidden_states(head, fed, ids, num_steps)[:, 0, rows])
     steps = torch.arange(num_steps, device=model.device)[:, None]
     lm_head = model.get_output_embeddings()
-    target_logits = lm_head(hidden_states[0, rows + 1 + steps])
+    target_logits = lm_head(teacher[0, rows + 1 + steps])
     drafted = ids[0, rows + 2 + steps[:-1]]
     log_p, log_q = _log_probs(target_logits, target_policy), _log_probs(draft_logits, draft_policy)
     return SURVIVAL[acceptance](log_p, log_q, drafted).cpu()
