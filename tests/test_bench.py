@@ -4,13 +4,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from vllm_bebop.bench import acceptance
+from vllm_bebop.bench import acceptance, measure
 from vllm_bebop.bench.acceptance import BenchError, Sweep
-from vllm_bebop.bench.conditions import engine_environment, shown_path
+from vllm_bebop.bench.conditions import engine_environment, engine_options, shown_path
 from vllm_bebop.bench.counters import Counters, parse_metrics
 from vllm_bebop.bench.measure import METHODS
 from vllm_bebop.bench.plot import _caption, plot_acceptance
@@ -24,6 +26,7 @@ from vllm_bebop.bench.rounds import (
     ratio_with_interval,
 )
 from vllm_bebop.bench.server import Server, ServerError, wait_until_ready
+from vllm_bebop.cli import app
 
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -241,6 +244,7 @@ def test_run_resumes_after_a_failure(tmp_path) -> None:
         {"tensor_parallel_size": 2},
         {"top_k": 5},
         {"top_p": 0.9},
+        {"engine": {"trust_remote_code": True}},
     ],
 )
 def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> None:
@@ -254,7 +258,7 @@ def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> N
 
 def test_jobs_say_what_the_sweep_does() -> None:
     settings = {"draft": "d/d", "top_k": 5, "top_p": 0.9, "max_tokens": 32, "seed": 7}
-    settings |= {"expectation": False, "tensor_parallel_size": 2}
+    settings |= {"expectation": False, "tensor_parallel_size": 2, "engine": {"trust_remote_code": True}}
     jobs = sweep(gammas=(2, 3), **settings).jobs()
     assert [(job.method, job.num_speculative_tokens) for job in jobs] == [
         (method, gamma) for gamma in (2, 3) for method in ("stock_greedy", "bebop_rejection")
@@ -263,6 +267,36 @@ def test_jobs_say_what_the_sweep_does() -> None:
         assert {name: getattr(job, name) for name in settings} == settings
         assert job.sampling(0.7) == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     assert sweep().jobs()[0].sampling(0.7) == {"temperature": 0.7}
+
+
+@pytest.mark.parametrize("engine", [None, {"gpu_memory_utilization": 0.5, "dtype": "float16"}])
+def test_engine_is_started_with_the_arguments_given(engine, monkeypatch) -> None:
+    started = []
+
+    def llm(model, **arguments):
+        started.append(arguments)
+        raise BenchError
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    with pytest.raises(BenchError):
+        next(measure._serve(sweep(engine=engine).jobs()[0]))
+    assert started[0].items() >= (engine_options() | (engine or {})).items()
+
+
+def test_engine_is_given_as_json(tmp_path, monkeypatch) -> None:
+    """On the command line of `bebop bench`."""
+    sweeps = []
+
+    def run(sweep, output):
+        sweeps.append(sweep)
+        raise BenchError("seen")
+
+    monkeypatch.setattr(acceptance, "run", run)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt_token_ids": [1, 2]}\n')
+    arguments = ["bench", "--model", "m", "--data", f"d={prompts}", "--engine", '{"trust_remote_code": true}']
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert sweeps[0].engine == {"trust_remote_code": True}
 
 
 def test_draft_sampling_is_filtered_by_bebop_only() -> None:
@@ -281,6 +315,7 @@ def test_draft_sampling_is_filtered_by_bebop_only() -> None:
         ({"prompts": {}}, "nothing to measure"),
         ({"gammas": (0,)}, "gammas must be at least 1"),
         ({"max_tokens": 4}, "max_tokens above gamma"),
+        ({"engine": {"seed": 1}}, "engine: seed cannot be set there"),
     ],
 )
 def test_sweep_refuses(change, message) -> None:

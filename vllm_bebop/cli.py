@@ -70,6 +70,9 @@ def bench(
         bool, typer.Option(help="Compare with the exact expectation; loads the model in Transformers, on one device.")
     ] = True,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help='More arguments of vllm.LLM, as JSON: {"gpu_memory_utilization": 0.8}.')
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON; the plot goes beside it. Default: benchmarks/results/acceptance_DEVICE.json."),
@@ -99,6 +102,7 @@ def bench(
             seed=seed,
             expectation=expectation,
             tensor_parallel_size=tensor_parallel_size,
+            engine=_json_object("--engine", engine),
         )
         results = acceptance.run(sweep, output)
     plot_acceptance(results, output.with_suffix(".png"))

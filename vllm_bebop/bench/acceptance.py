@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe
-from vllm_bebop.bench.measure import METHODS, Job, measure
+from vllm_bebop.bench.measure import ENGINE_ARGUMENTS, METHODS, Job, measure
 from vllm_bebop.bench.prompts import PromptError, builtin_texts, read_jsonl, tokenise
 from vllm_bebop.durable import write_json
 
@@ -54,6 +54,7 @@ class Sweep:
         max_tokens: generated per request; end-of-text is ignored.
         expectation: compare with the exact expectation, which loads the model in Transformers, on one device.
         tensor_parallel_size: of the engine.
+        engine: further arguments of vllm.LLM, JSON-serialisable: gpu_memory_utilization, trust_remote_code, ...
     Raises:
         BenchError: an empty or impossible sweep.
     """
@@ -70,6 +71,7 @@ class Sweep:
     seed: int = 0
     expectation: bool = True
     tensor_parallel_size: int = 1
+    engine: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if unknown := [method for method in self.methods if method not in METHODS]:
@@ -84,21 +86,27 @@ class Sweep:
             raise BenchError(f"top_p is {self.top_p}, expected a number in (0, 1]")
         if min(self.gammas) < 1 or self.max_tokens <= max(self.gammas) + 1:
             raise BenchError("gammas must be at least 1, and max_tokens above gamma + 1")
+        if own := [key for key in self.engine or {} if key in ENGINE_ARGUMENTS]:
+            raise BenchError(f"engine: {', '.join(own)} cannot be set there, the benchmark sets it itself")
 
     def conditions(self) -> dict[str, Any]:
         """All that a cell's numbers depend on, besides its own method, gamma, domain and temperature."""
         texts = json.dumps({domain: list(map(list, prompts)) for domain, prompts in self.prompts.items()})
-        return describe(self.model, self.draft) | {
-            "domains": {domain: len(prompts) for domain, prompts in self.prompts.items()},
-            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
-            "temperatures": list(self.temperatures),
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-            "expectation": self.expectation,
-            "tensor_parallel_size": self.tensor_parallel_size,
-        }
+        return (
+            describe(self.model, self.draft)
+            | {
+                "domains": {domain: len(prompts) for domain, prompts in self.prompts.items()},
+                "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
+                "temperatures": list(self.temperatures),
+                "top_k": self.top_k,
+                "top_p": self.top_p,
+                "max_tokens": self.max_tokens,
+                "seed": self.seed,
+                "expectation": self.expectation,
+                "tensor_parallel_size": self.tensor_parallel_size,
+            }
+            | ({"engine": dict(self.engine)} if self.engine else {})
+        )
 
     def jobs(self) -> list[Job]:
         """One per (method, gamma)."""
@@ -117,6 +125,7 @@ class Sweep:
                 self.seed,
                 self.expectation,
                 self.tensor_parallel_size,
+                dict(self.engine or {}),
             )
             for gamma in self.gammas
             for method in self.methods

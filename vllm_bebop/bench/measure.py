@@ -46,9 +46,19 @@ METHODS = {
 }
 
 
+# Arguments of `vllm.LLM` that are the sweep's own.
+ENGINE_ARGUMENTS = (
+    *("model", "speculative_config", "skip_tokenizer_init", "disable_log_stats", "enable_prefix_caching"),
+    *("max_model_len", "seed", "tensor_parallel_size"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
-    """One engine's work. prompts: token ids by domain; max_tokens: generated per request, end-of-text ignored."""
+    """One engine's work.
+
+    prompts: token ids by domain; max_tokens: generated per request, end-of-text ignored; engine: see `Sweep`.
+    """
 
     method: str
     num_speculative_tokens: int
@@ -62,6 +72,7 @@ class Job:
     seed: int
     expectation: bool
     tensor_parallel_size: int
+    engine: dict[str, Any]
 
     @property
     def num_ticks(self) -> int:
@@ -130,7 +141,7 @@ def _serve(job: Job) -> Iterator[_Served]:
         max_model_len=longest + job.max_tokens + 2 * (job.num_speculative_tokens + 1),
         seed=job.seed,
         tensor_parallel_size=job.tensor_parallel_size,
-        **engine_options(),
+        **engine_options() | job.engine,
     )
     # First-use costs, kept out of the times.
     _generate(llm, [next(iter(job.prompts.values()))[0]], 4, job.sampling(1.0))
