@@ -30,6 +30,19 @@ def test_translate_reads_as_mtp_afterwards():
     assert translation.config == BebopConfig(acceptance="rejection")
 
 
+@pytest.mark.parametrize(("key", "value"), [("kv_cache_dtype", "fp8"), ("disable_eagle_block_drop", True)])
+def test_translate_hands_on_what_keeps_its_meaning(key, value):
+    assert translate(ASKED | {key: value}, {}).speculative_config[key] == value
+
+
+def test_translate_ignores_what_is_not_set():
+    """As frameworks do that write down every field of vLLM's config."""
+    unset = dict.fromkeys(["prompt_lookup_max", "num_speculative_tokens_per_batch_size", "kv-cache-dtype", "model"])
+    assert translate(ASKED | unset, {}) == translate(ASKED, {})
+    with pytest.raises(BebopConfigError, match="'num_speculative_tokens' is missing"):
+        translate(ASKED | {"num_speculative_tokens": None}, {})
+
+
 def test_translate_target_only_drafts_greedily():
     translation = translate(ASKED | {"acceptance": "target_only"}, {})
     assert translation.speculative_config["draft_sample_method"] == "greedy"

@@ -39,10 +39,12 @@ _OWN_KEYS = ("method", "num_speculative_tokens", "model", "revision", "acceptanc
 _PASSED_ON_KEYS = (
     "attention_backend",
     "code_revision",
+    "disable_eagle_block_drop",
     "disable_padded_drafter_batch",
     "draft_tensor_parallel_size",
     "enforce_eager",
     "index_share_for_mtp_iteration",
+    "kv_cache_dtype",
     "max_model_len",
     "moe_backend",
     "quantization",
@@ -99,12 +101,14 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
     """Read a user's speculative config; None where bebop is not asked for.
 
     Args:
-        speculative_config: as given to vLLM; keys may use '-' for '_'. Not modified.
+        speculative_config: as given to vLLM; keys may use '-' for '_', and are absent where they are None, vLLM's own
+            default. Not modified.
         environ: usually `os.environ`.
     Raises:
         BebopConfigError: an option is unknown, contradictory, of the wrong type or out of range.
     """
-    options = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
+    given = (speculative_config or {}).items()
+    options = {key.replace("-", "_"): value for key, value in given if value is not None}
     method = options.get("method")
     if method != "bebop":
         if not _is_mtp(method) or not switched_on(environ):
