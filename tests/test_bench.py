@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from vllm_bebop.bench import acceptance, measure
@@ -297,6 +299,31 @@ def test_engine_is_given_as_json(tmp_path, monkeypatch) -> None:
     arguments = ["bench", "--model", "m", "--data", f"d={prompts}", "--engine", '{"trust_remote_code": true}']
     assert CliRunner().invoke(app, arguments).exit_code == 1
     assert sweeps[0].engine == {"trust_remote_code": True}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "--output", "o.json", "--data", "d=p.jsonl"),
+        ("rollout", "--out", "o.jsonl", "--data", "p.jsonl", "--num-speculative-tokens", "2"),
+    ],
+    ids=["bench", "rollout"],
+)
+def test_model_of_no_supported_family_is_an_error_without_a_traceback(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vllm_bebop.generate._tokenizer_and_vocab_size", lambda model: (None, 8))
+    monkeypatch.setattr("vllm_bebop.generate.Sampling.request", lambda self, seed: None)
+    Path("p.jsonl").write_text('{"prompt_token_ids": [1, 2]}\n')
+    Path("m").mkdir()
+    Path("m/config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    save_file({"model.norm.weight": torch.zeros(4)}, "m/model.safetensors")
+    for name in engine_environment("m"):  # which `bebop rollout` sets
+        monkeypatch.setenv(name, "1")
+    result = CliRunner().invoke(app, [*command, "--model", "m"])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert (
+        "m: config.json: model_type 'llama'" in result.output and "supported model types: qwen3_next" in result.output
+    )
 
 
 def test_draft_sampling_is_filtered_by_bebop_only() -> None:

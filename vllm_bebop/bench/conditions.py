@@ -48,7 +48,11 @@ def engine_options() -> dict[str, Any]:
 
 
 def describe(model: str, draft: str | None = None) -> dict[str, Any]:
-    """Model, draft, device, versions and our code, JSON-serialisable. Paths are relative to the working directory."""
+    """Model, draft, device, versions and our code, JSON-serialisable. Paths are relative to the working directory.
+
+    Raises:
+        CheckpointError: a directory without a readable checkpoint, or whose head is of no supported family.
+    """
     return {
         "model": shown_path(model),
         "model_sha256": _model_digest(model),
@@ -132,12 +136,17 @@ def _model_digest(model: str) -> str | None:
 def _head_digest(directory: str) -> str | None:
     """sha256 over the head's tensors, names and bytes, so that a head trained anew is another condition."""
     from vllm_bebop.draft import head_tensor_names
-    from vllm_bebop.tensor_files import list_tensors, read_json
+    from vllm_bebop.families import FamilyError
+    from vllm_bebop.tensor_files import CheckpointError, list_tensors, read_json
 
     path = Path(directory)
     if not path.is_dir():
         return None
-    names = head_tensor_names(path, read_json(path / "config.json"))
+    try:
+        names = head_tensor_names(path, read_json(path / "config.json"))
+    except FamilyError as error:
+        problem = f"{error}; `bebop rollout` takes any model without --num-speculative-tokens"
+        raise CheckpointError(problem, path=path) from None
     entries, _ = list_tensors(path, allow_links=True)
     digest = hashlib.sha256()
     for name in sorted(names):
