@@ -9,8 +9,8 @@ tokens therefore do not depend on its neighbours in the batch, and the fused ker
     uniform = ((word0 >> 9) + 0.5) * 2**-23               (exact in fp32; from 2**-24 to 1 - 2**-24)
     gumbel  = -log(-log(uniform))                         (always finite; from -2.8 to 16.6)
 
-Equal numbers go to the lower id: with 23 bits, the first of 512 equal tokens is 3e-5 too likely, relatively. That is 8e-6 in
-total variation; to notice it takes some 10**9 draws.
+Equal numbers go to the lower id: with 23 bits, the first of 512 equal tokens is 3e-5 too likely, relatively, which is
+8e-6 in total variation; to notice it takes some 10**9 draws.
 
 `position` is the absolute position of the token being decided. `attempt` counts thinning rounds. Under block
 verification it is the round's first position where a draft is drawn or accepted (see `block_reference`); 0 elsewhere.
