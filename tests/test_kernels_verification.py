@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks.kernel_races import as_integers, count_mismatches, on_spoiled_scratch
 from tests.support.kernels import (
     DEVICE,
     INF,
@@ -13,7 +13,6 @@ from tests.support.kernels import (
     assert_bitwise_equal,
     assert_equal_from_both_forms,
     assert_no_less_accurate,
-    count_mismatches,
     plants_faults,
     repeats_on_a_gpu,
     run_on_the_cpu,
@@ -270,17 +269,46 @@ def test_verify_reuses_a_workspace(single_launch: bool) -> None:
 @repeats_on_a_gpu
 @pytest.mark.parametrize("vocab_size", [20_000, 151_936])
 def test_verify_in_a_graph_has_no_races(vocab_size: int) -> None:
-    """Both forms, over and over, against the first result of the two-launch form."""
+    """Both forms, over and over, against their first results, whose tokens are the same."""
     values = with_draft_statistics(case(64, 3, vocab_size, torch.bfloat16))
     workspace = poisoned(64, 3, vocab_size)
     tokens = verify(**values).token_ids
     for single_launch in (False, True):
 
-        def run(single_launch=single_launch) -> Tensor:
-            return verify(**values, workspace=workspace, single_launch=single_launch).token_ids
+        def run(single_launch=single_launch) -> Verification:
+            return verify(**values, workspace=workspace, single_launch=single_launch)
 
-        assert torch.equal(run(), tokens)
-        assert count_mismatches(run, 20_000) == 0
+        assert torch.equal(run().token_ids, tokens)
+        bits = on_spoiled_scratch(run, [workspace])
+        assert count_mismatches(bits, bits(), 20_000) == 0
+
+
+@plants_faults
+@pytest.mark.parametrize(
+    "number", [lambda workspace: workspace.target_statistics[0], lambda workspace: workspace.verdicts]
+)
+def test_looking_for_races_finds_numbers_that_come_too_late(monkeypatch, number) -> None:
+    """One number is never written again, so that each repeat reads the one before's: the right one, but for `spoil`."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    values = with_draft_statistics(case(8, 3, 9000, torch.bfloat16))
+    workspace = poisoned(8, 3, 9000)
+
+    def run() -> Verification:
+        return verify(**values, workspace=workspace)
+
+    expected = as_integers(run())
+    row = 4 * 4  # the first of a request that is sampled; greedy rows need less of what they keep
+    store, late = InterpreterBuilder.create_masked_store, number(workspace).view(32, -1)[row].data_ptr()
+
+    def store_all_but_one(builder, pointers, value, mask, *others):
+        return store(builder, pointers, value, TensorHandle(mask.data & (pointers.data != late), mask.dtype), *others)
+
+    assert count_mismatches(on_spoiled_scratch(run, [workspace]), expected, 2) == 0
+    run()
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store_all_but_one)
+    assert count_mismatches(lambda: as_integers(run()), expected, 2) == 0
+    assert count_mismatches(on_spoiled_scratch(run, [workspace]), expected, 2) > 0
 
 
 @runs_kernels

@@ -58,19 +58,6 @@ def repeats_on_a_gpu(test):
     return test
 
 
-def count_mismatches(run: Callable[[], Tensor], num_repeats: int) -> int:
-    """How many elements of run() differed from those of the first call, over replays of a captured CUDA graph."""
-    expected = run().clone()
-    mismatches = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        mismatches += (run() != expected).sum()
-    for _ in range(num_repeats):
-        graph.replay()
-    return int(mismatches)
-
-
 def run_on_the_cpu(file: str, how: str) -> None:
     """The tests of a file in a process of their own; how: "interpreted" or "emulated"."""
     environment = os.environ | ENVIRONMENTS[how] | {"OMP_NUM_THREADS": "1"}

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from tests.support.kernels import DEVICE, NAN, TEMPERATURES
+from benchmarks.kernel_races import spoil
+from tests.support.kernels import DEVICE, TEMPERATURES
 
 
 def arguments(batch: int, vocab_size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -23,9 +24,7 @@ def poisoned(batch: int, vocab_size: int):
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace
 
     workspace = SamplingWorkspace(batch, vocab_size, DEVICE)
-    for name, value in vars(workspace).items():
-        if isinstance(value, Tensor) and name != "tickets":
-            value.fill_(NAN if value.is_floating_point() else -7)
+    spoil(workspace)
     return workspace
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernel_races import spoil
 from tests.support.kernels import (
     DEVICE,
     INF,
@@ -78,9 +79,7 @@ def poisoned(batch: int, max_drafts: int, vocab_size: int, **options):
     from vllm_bebop.kernels.verification import VerificationWorkspace
 
     workspace = VerificationWorkspace(batch, max_drafts, vocab_size, DEVICE, **options)
-    for name, value in vars(workspace).items():
-        if isinstance(value, Tensor) and name not in ("row_tickets", "request_tickets", "first_rejected"):
-            value.fill_(NAN if value.is_floating_point() else -7)
+    spoil(workspace)
     return workspace
 
 
