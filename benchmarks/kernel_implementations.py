@@ -13,9 +13,7 @@ import torch
 from kernel_cases import BYTES_PER_LOGIT, Case
 from torch import Tensor
 
-OURS, OURS_IN_VLLM, VLLM_V2 = "bebop's kernels", "bebop in vLLM", "vLLM V2"
-# Compiling takes longer than all else, and every size is compiled for itself.
-COMPILED_DRAFTS = 3
+OURS, OURS_IN_VLLM, VLLM_V2, TORCH_COMPILE = "bebop's kernels", "bebop in vLLM", "vLLM V2", "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Implementation:
     draft: Callable[[], Any]
     verify: Callable[[], Any]
     num_accepted: Callable[[Any], Tensor]  # [B], from what `verify` returned
+    logit_passes: dict[str, int] | None = None  # how often each part reads or writes a logit of its own, where known
     uncounted_bytes: int = 0  # moved by PyTorch while verifying, where Triton's interpreter cannot count
 
 
@@ -39,13 +38,18 @@ def bebop(case: Case) -> Implementation:
 
 
 def bebop_in_vllm(case: Case) -> Implementation:
-    """All that engine/runner_v2.py launches: the sampler copies the logits into the cache, as V2's does; drafts are
-    gathered from the batch's rows, two launches verify, and the totals are kept."""
+    """All that engine/runner_v2.py launches for requests with no more than a temperature.
+
+    Drafting: the position, the sampler, which copies the logits into the cache as V2's does, and the filters, since a
+    captured graph serves whoever comes. Verification: drafts are gathered from the batch's rows, two launches verify,
+    the totals are kept, and tokens counted.
+    """
     return bebop_step(case, as_in_vllm=True, single_launch=False)
 
 
 def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implementation:
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
+    from vllm_bebop.kernels.filters import NO_FILTERS, Filters
     from vllm_bebop.kernels.gathering import DrawnDrafts
     from vllm_bebop.kernels.gathering_kernel import gather_drafts
     from vllm_bebop.kernels.reference import Verification
@@ -58,18 +62,26 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
         "cache_logsumexp": torch.zeros(batch, num_drafts, device=device),
         "cache_argmax": torch.zeros(batch, num_drafts, dtype=torch.int64, device=device),
     }
+    filters, drawn = NO_FILTERS, None
     if as_in_vllm:
         caches["cache"] = torch.empty_like(case.draft_logits)
+        caches["cache_threshold"] = torch.zeros(batch, num_drafts, device=device)
         caches["cache_token_ids"] = torch.empty_like(case.draft_tokens)
         caches["cache_positions"] = torch.empty_like(case.draft_tokens)
+        has_grammar = torch.zeros(batch, dtype=torch.bool, device=device)
+        drawn = DrawnDrafts(caches["cache_token_ids"], caches["cache_positions"], has_grammar)
+        every_token = torch.full((batch,), vocab_size, dtype=torch.int32, device=device)
+        filters = Filters(top_k=every_token, top_p=torch.ones(batch, device=device))
     steps = [torch.tensor(i, device=device) for i in range(num_drafts)]
     sampling = [SamplingWorkspace(batch, vocab_size, device) for _ in steps]
     verifying = VerificationWorkspace(batch, num_drafts, vocab_size, device, with_draft_statistics=False)
     num_draft_tokens = torch.full((batch,), num_drafts, device=device)
-    row_offsets = torch.arange(batch + 1, device=device) * (num_drafts + 1)
+    # vLLM's types: slots in int64 (since 0.32), rows and tokens in int32.
     slots, totals = torch.arange(batch, device=device), new_totals(num_drafts, device)
-    tokens_of_rows = torch.nn.functional.pad(case.draft_tokens, (1, 0)).flatten()
-    positions_of_rows = case.positions.T.flatten() - 1  # of the tokens fed
+    row_offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * (num_drafts + 1)
+    tokens_of_rows = torch.nn.functional.pad(case.draft_tokens, (1, 0)).flatten().int()
+    fed_positions = case.positions - 1  # of the tokens that went into the model
+    positions_of_rows = fed_positions.T.flatten()
 
     def draft() -> list[Tensor]:
         return [
@@ -77,8 +89,9 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
                 case.draft_logits[:, i],
                 case.temperature,
                 case.seeds,
-                case.positions[i],
+                fed_positions[i] + 1 if as_in_vllm else case.positions[i],
                 slots=slots,
+                filters=filters,
                 step=step,
                 workspace=sampling[i],
                 **caches,
@@ -99,6 +112,7 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
             first_rows=row_offsets[:-1],
             draft_logsumexp=caches["cache_logsumexp"],
             draft_argmax=caches["cache_argmax"],
+            draft_threshold=caches.get("cache_threshold"),
             single_launch=single_launch,
             workspace=verifying,
         )
@@ -110,14 +124,12 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
         verified = verify_drafts(gathered.token_ids, gathered.num_drafts, gathered.positions)
         verified = replace(verified, num_accepted=torch.minimum(verified.num_accepted, gathered.num_scheduled))
         tally(verified, totals)
+        _ = verified.num_accepted.to(torch.int32) + 1  # the number of tokens, which vLLM wants
         return verified
 
     draft()  # fills the caches
-    drawn = None
-    if as_in_vllm:
-        has_grammar = torch.zeros(batch, dtype=torch.bool, device=device)
-        drawn = DrawnDrafts(caches["cache_token_ids"], caches["cache_positions"], has_grammar)
-    return Implementation(draft, verification, lambda out: out.num_accepted)
+    passes = {"draft": 2 if as_in_vllm else 1, "verify": 1}
+    return Implementation(draft, verification, lambda out: out.num_accepted, logit_passes=passes)
 
 
 def vllm_v2(case: Case) -> Implementation:
@@ -281,8 +293,6 @@ def plain_torch(case: Case) -> Implementation:
 
 def compiled_torch(case: Case) -> Implementation:
     """The same through torch.compile."""
-    if case.point.num_drafts != COMPILED_DRAFTS:
-        raise LeftOut(f"compiled for {COMPILED_DRAFTS} drafts only, to save time")
     torch.compiler.reset()  # an earlier size would make this one's shapes dynamic
     return _plain_torch(case, torch.compile(draw, dynamic=False), torch.compile(accept, dynamic=False))
 
@@ -331,5 +341,5 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], Implementation]] = {
     "vLLM V1": vllm_v1,
     "FlashInfer": flashinfer,
     "plain torch": plain_torch,
-    "torch.compile": compiled_torch,
+    TORCH_COMPILE: compiled_torch,
 }

@@ -1,7 +1,7 @@
 """A JSON file of measurements that grows one entry at a time, and what the measurements depend on.
 
-A run that is cut short loses the entry it was at. The next one keeps what was measured on the same device, with the
-same code and versions, and goes on from there; anything else in the file is measured anew.
+A run that is cut short loses the measurement it was at. The next one, if it finds this file, keeps what was measured on
+the same device, with the same code and versions, and goes on from there; anything else in the file is measured anew.
 """
 
 import hashlib
@@ -60,12 +60,12 @@ class ResultFile:
             else:
                 print(f"{path.name} was measured with other code, versions or on another device: starting anew")
 
-    def has(self, wanted: Entry) -> bool:
-        return any(all(entry[name] == wanted[name] for name in self.key) for entry in self.entries)
+    def find(self, wanted: Entry) -> Entry | None:
+        """The entry with the key of `wanted`."""
+        return next((entry for entry in self.entries if all(entry[name] == wanted[name] for name in self.key)), None)
 
-    def add(self, entry: Entry, **summary: Any) -> None:
-        """Stores the entry and replaces the summary, in one atomic write."""
-        self.entries.append(entry)
+    def save(self, **summary: Any) -> None:
+        """Writes the entries, and the summary in place of the one before, atomically."""
         content = {"command": command_line(), "conditions": self.conditions, **summary, "entries": self.entries}
         write_json(self.path, content)
 
