@@ -28,7 +28,7 @@ bench: setup
 	.venv/bin/python benchmarks/bench_acceptance.py
 
 # On a GPU: the kernels are right, then how fast they are. Needs no vLLM; PYTHON may name another environment, and
-# STEPS some of scripts/bench_gpu.sh's: `make bench-gpu PYTHON=python3 STEPS="check kernels"`.
+# STEPS some of scripts/bench_gpu.sh's, or its --quick: `make bench-gpu PYTHON=python3 STEPS="selftest kernels"`.
 PYTHON ?= .venv/bin/python
 bench-gpu:
 	@PYTHON=$(PYTHON) scripts/bench_gpu.sh $(STEPS)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_kernels.py traffic    bytes moved, counted in Triton's interpreter; anywhere, some minutes
     python benchmarks/bench_kernels.py time       microseconds on a GPU, against every peer that is installed
-    python benchmarks/bench_kernels.py races      the same step 100,000 times on a GPU: are all results the same?
+    python benchmarks/bench_kernels.py races      the same steps 100,000 times on a GPU: are all results the same?
     python benchmarks/bench_kernels.py plot       draws what `time` has measured
 
 time: a drafting and a verification step in CUDA graphs, with a cold L2 cache, at 84 sizes (kernel_cases.GRID);
@@ -11,6 +11,8 @@ kernels' tokens equal the reference's there; a size that fails is recorded, and 
 Saved after every measurement in kernels_DEVICE.json, from which a second run goes on if it finds it in `--out`.
 `--quick` takes the first six sizes, `--minutes` stops in time, `--dry-run` runs every line on the CPU at a tiny size,
 in the interpreter.
+
+races: 20,000 repeats with `--quick`; see kernel_races.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import multiprocessing
 import os
 import sys
 import time as clock
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,18 +124,22 @@ def entry_at(file: ResultFile, point: Any) -> Entry:
 
 
 def compile_kernels(points: list[Any]) -> None:
-    """Compiles what the sizes need in several processes, into Triton's cache; one by one it would take minutes."""
+    """Compiles what the sizes need."""
     # Triton compiles anew where a stride is not divisible by 16, which small batches decide.
-    sizes = sorted({point._replace(batch=min(point.batch, GATE_REQUESTS)) for point in points})
-    if not sizes:
+    compile_ahead(check_size, sorted({point._replace(batch=min(point.batch, GATE_REQUESTS)) for point in points}))
+
+
+def compile_ahead(run: Callable[[Any], None], arguments: list[Any]) -> None:
+    """Calls `run` with each in several processes, to fill Triton's cache; one by one it would take minutes."""
+    if not arguments:
         return
-    print(f"compiling for {len(sizes)} sizes", flush=True)
+    print(f"compiling for {len(arguments)} cases", flush=True)
     workers = min(COMPILING_PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        compiled = [pool.submit(check_size, point) for point in sizes]
-    for point, future in zip(sizes, compiled, strict=True):
-        if error := future.exception():  # what is wrong at this size, measuring it will say
-            print(f"compiling for {point}: {type(error).__name__}: {error}", flush=True)
+        compiled = [pool.submit(run, argument) for argument in arguments]
+    for argument, future in zip(arguments, compiled, strict=True):
+        if error := future.exception():  # what is wrong, measuring it will say
+            print(f"compiling for {argument}: {type(error).__name__}: {error}", flush=True)
 
 
 def check_size(point: Any) -> None:
@@ -315,12 +322,17 @@ def races(repeats: int, out: Path, is_dry_run: bool) -> bool:
     sources = [*(ROOT / "kernels").glob("*.py"), Path(kernel_races.__file__)]
     key = ("vocab_size", "repeats")
     file = ResultFile(out / f"races_{device_slug()}.json", conditions(PACKAGES, sources), key)
-    for vocab_size in (700,) if is_dry_run else kernel_races.VOCAB_SIZES:
-        entry = {"vocab_size": vocab_size, "repeats": repeats}
-        if not file.find(entry):
-            mismatches = kernel_races.races(vocab_size, "cpu" if is_dry_run else "cuda", repeats)
-            file.entries.append(entry | {"mismatches": mismatches})
-            file.save(what=" ".join((kernel_races.__doc__ or "").split()))
+    vocab_sizes = (700,) if is_dry_run else kernel_races.VOCAB_SIZES
+    entries = [{"vocab_size": vocab_size, "repeats": repeats} for vocab_size in vocab_sizes]
+    left = [entry for entry in entries if not file.find(entry)]
+    if not is_dry_run:
+        compile_ahead(
+            kernel_races.run_once, [(entry["vocab_size"], name) for entry in left for name in kernel_races.RUNS]
+        )
+    for entry in left:
+        mismatches = kernel_races.races(entry["vocab_size"], "cpu" if is_dry_run else "cuda", repeats)
+        file.entries.append(entry | {"mismatches": mismatches})
+        file.save(what=" ".join((kernel_races.__doc__ or "").split()))
     for entry in file.entries:
         print(entry)
     return not any(sum(entry["mismatches"].values()) for entry in file.entries)
@@ -334,13 +346,11 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
         command.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+        command.add_argument("--quick", action="store_true", help="six sizes, or 20,000 repeats")
         if name == "time":
-            command.add_argument("--quick", action="store_true", help="six sizes")
             command.add_argument(
                 "--minutes", type=float, default=float("inf"), help="stop after the measurement at hand"
             )
-        else:
-            command.add_argument("--repeats", type=int, default=100_000)
     command = commands.add_parser("plot")
     command.add_argument("files", type=Path, nargs="*", help="default: all kernels_*.json of benchmarks/results")
     given = parser.parse_args()
@@ -362,7 +372,7 @@ def main() -> None:
         if given.command == "time":
             if failed := time(given.quick, given.minutes, given.out, given.dry_run):
                 sys.exit("\n".join(["failed:", *failed]))
-        elif not races(given.repeats, given.out, given.dry_run):
+        elif not races(20_000 if given.quick else 100_000, given.out, given.dry_run):
             sys.exit("results differed between repeats")
 
 

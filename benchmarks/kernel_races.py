@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 BATCH, NUM_DRAFTS = 64, 3
-VOCAB_SIZES = (20_000, 151_936)
+VOCAB_SIZES = (151_936, 20_000)
 CHUNK = 1000  # replays queued at once
-TWO_LAUNCHES, SINGLE_LAUNCH = "verify, two launches", "verify, single launch"
+RUNS = "draft", "verify, two launches", "verify, single launch", "verify, block", "verify, filters"
+DRAFT, TWO_LAUNCHES, SINGLE_LAUNCH, BLOCK, FILTERS = RUNS
 # Of a workspace. They carry over from launch to launch, by design.
 COUNTERS = ("tickets", "row_tickets", "request_tickets", "first_rejected")
 
@@ -71,13 +72,19 @@ def mixed_step(vocab_size: int, device: str) -> tuple[dict[str, Callable[[], Any
         return verify(*arguments, temperature, requests, positions, **options, **form)
 
     runs = {
-        "draft": lambda: sample(draft[:, 0], temperature, requests, positions, workspace=sampling),
+        DRAFT: lambda: sample(draft[:, 0], temperature, requests, positions, workspace=sampling),
         TWO_LAUNCHES: verification,
         SINGLE_LAUNCH: lambda: verification(single_launch=True),
-        "verify, block": lambda: verification(block=True),
-        "verify, filters": lambda: verification(filters=filters),
+        BLOCK: lambda: verification(block=True),
+        FILTERS: lambda: verification(filters=filters),
     }
     return runs, [sampling, verifying]
+
+
+def run_once(vocab_size_and_name: tuple[int, str]) -> None:
+    """Compiles what is to be repeated."""
+    vocab_size, name = vocab_size_and_name
+    mixed_step(vocab_size, "cuda")[0][name]()
 
 
 def spoil(tensors: Any) -> None:
