@@ -4,11 +4,15 @@ Several requests may share a program: one on a GPU, thousands in Triton's interp
 not per element.
 """
 
+import torch
 import triton
 
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads
+NUM_WARPS = 4
+# For what needs many registers: 512 threads share them. AMD's warps are twice as wide.
+MANY_WARPS = 8 if torch.version.hip else 16
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
 # How kernels are compiled. Were products fused into sums, each lane would add its own product before rounding and the

@@ -41,7 +41,7 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import OPTIONS, TILE, partition, requests_per_program
+from vllm_bebop.kernels.launch import MANY_WARPS, NUM_WARPS, OPTIONS, TILE, partition, requests_per_program
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
 from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
@@ -271,23 +271,21 @@ def verify(
             **OPTIONS,
         )
 
-    # A tile of p and one of q must fit registers: 512 threads share them; of AMD's warps, twice as wide, half as many.
-    wide = 8 if torch.version.hip else 16
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for
     launch(
-        tiles, max_drafts + 1, 8 if streams_draft_rows else 4,
+        tiles, max_drafts + 1, 2 * NUM_WARPS if streams_draft_rows else NUM_WARPS,
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
-        launch(1, max_drafts + 1, wide, decision=True)
+        launch(1, max_drafts + 1, MANY_WARPS, decision=True)
     if is_block:
-        launch(tiles, max_drafts, wide, block=True, resolution=True)
+        launch(tiles, max_drafts, MANY_WARPS, block=True, resolution=True)
         return out
     if not single_launch:
         launch(1, 1, num_warps=8, resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, wide, residual=True)
+        launch(tiles, 1, MANY_WARPS, residual=True)
     return out
 
 

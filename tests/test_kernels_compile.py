@@ -178,7 +178,7 @@ DECIDED, AT_ONCE = ("STATISTICS", "DECISION"), ("STATISTICS", "DECISION", "RESOL
 ONE_DRAFT = {"max_drafts": 1, "tokens_stride": 1, "PADDED_STEPS": 2}  # compiled, an integer 1 becomes a constant
 KERNELS = {
     "sample": lambda target: sampling(target, 4, filtered=False),
-    "sample with filters": lambda target: sampling(target, 8, filtered=True),
+    "sample with filters": lambda target: sampling(target, 16, filtered=True),
     "candidates": candidates,
     "gathering": gathering,
     "tally": tally,
@@ -231,8 +231,11 @@ def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, ta
         # The ticket that tells the last program must order memory for the whole device.
         assert "atom.global.gpu.acq_rel.add.u32" in ptx
     assert "ld.volatile" not in ptx, "what other programs write: the threads of one would branch on different values"
-    # One for each exponent. Any other is a product fused into a sum: the lanes of a program may disagree about it.
-    assert ptx.count("fma.rn.f32") + ptx.count("fma.rn.f32x2") == ptx.count("ex2.approx.ftz.f32")
+    # One for each exponent, and for each sub-block whose statistics a thread finishes. Any other is a product fused
+    # into a sum: the lanes of a program may disagree about it.
+    others = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f32x2") - ptx.count("ex2.approx.ftz.f32")
+    of_a_row = SIZES["PADDED_BLOCKS"] // (32 * compiled.metadata.num_warps)
+    assert others in (0, of_a_row, 2 * of_a_row)
     assert not re.search(r"ld\.global\.nc", ptx), "a load through the read-only cache could miss other programs' stores"
 
 
