@@ -1,10 +1,11 @@
 """Lets more of vLLM run in tests on a machine without a GPU. Active where this folder is on PYTHONPATH.
 
-Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Two things are mended,
+Python imports a module of this name at start-up, so vLLM's own subprocesses get the same help. Three things are mended,
 each just before the package it concerns is first imported:
 
 * torchvision's ordinary wheel wants a CUDA build of PyTorch: its import fails because two custom operators have no
   schema. vLLM's Qwen3.5 imports torchvision without calling those operators, so declaring them is enough.
+* On a processor with AMX, vLLM's attention for DeepSeek takes no fp32: it is told that there is none.
 * Model runner V2 is written in Triton. With TRITON_INTERPRET=1 its kernels run in Python, given a driver that says it
   is there, boolean masks where vLLM passes integers, and `libdevice.log1p`. With EMULATE_GPU=90 they are compiled as
   for a GPU of compute capability 9.0, and tests/ptx runs what came out.
@@ -23,6 +24,12 @@ def declare_torchvision_operators() -> None:
         return
     for operator in ("nms", "qnms"):
         torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def hide_amx() -> None:
+    import torch
+
+    torch.cpu._is_amx_tile_supported = lambda: False
 
 
 def run_triton_on_the_cpu() -> None:
@@ -95,15 +102,14 @@ class BeforeImport(importlib.abc.MetaPathFinder):
     """Runs a mend when its package is first looked up; finds nothing itself."""
 
     def __init__(self) -> None:
-        self.mends = {"torchvision": declare_torchvision_operators}
+        self.mends = {"torchvision": [declare_torchvision_operators], "vllm": [hide_amx]}
         if os.environ.get("TRITON_INTERPRET") == "1":
-            self.mends["vllm"] = run_triton_on_the_cpu
+            self.mends["vllm"].append(run_triton_on_the_cpu)
         if "EMULATE_GPU" in os.environ:
-            self.mends["vllm"] = emulate_a_gpu
+            self.mends["vllm"].append(emulate_a_gpu)
 
     def find_spec(self, name, path=None, target=None):
-        mend = self.mends.pop(name, None)
-        if mend is not None:
+        for mend in self.mends.pop(name, []):
             mend()
         return None
 
