@@ -101,14 +101,15 @@ def load_tile(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, N
     """Logits of R rows in NUM_BLOCKS sub-blocks from the first_block-th, their ids, and which of them there are.
 
     rows: [R] pointers to each row's first logit. is_read: [R]. The logits are -inf where masked or past the row's end.
-    Shaped [R, PARTS, NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once: a sub-block is one warp's.
+    Shaped [R, PARTS * NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once. The first parts of all
+    sub-blocks come first, then the second ones: with these strides all parts of a sub-block fall to the same warp.
     """
     WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // rows.dtype.element_ty.primitive_bitwidth)
-    first_ids = (first_block + tl.arange(0, NUM_BLOCKS)) * SUB_BLOCK
-    within = (tl.arange(0, SUB_BLOCK // WIDTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
-    ids = (first_ids[None, :, None] + within)[None, :, :, :]
-    in_row = is_read[:, None, None, None] & (ids < vocab_size)
-    logits = tl.load(rows[:, None, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
+    part = tl.arange(0, SUB_BLOCK // WIDTH * NUM_BLOCKS)
+    first_ids = (first_block + part % NUM_BLOCKS) * SUB_BLOCK + part // NUM_BLOCKS * WIDTH
+    ids = (first_ids[:, None] + tl.arange(0, WIDTH)[None, :])[None, :, :]
+    in_row = is_read[:, None, None] & (ids < vocab_size)
+    logits = tl.load(rows[:, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
     return logits, ids, in_row
 
 
@@ -144,7 +145,7 @@ def summarize_tile(
     statistics: [R] pointers to each row's first sub-block in plane 0. bitmask_ptr, bitmask_row: words of allowed tokens
     and each row's first one [R]; or None. is_stored: [R]; a row that is stored but not read counts as empty.
     """
-    values = _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row)
+    values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, TILE)
     steepness = inverse_temperature[:, None]
     largest = _max_or_nan(_max_or_nan(values, 1), 2)
     is_plain = _is_plain(largest, steepness)
@@ -181,7 +182,7 @@ def _summarize_with_care(
     """The same from the rows themselves, AT_ONCE sub-blocks at a time. Those that need no care get the same numbers."""
     for first in range(first_block, first_block + TILE, AT_ONCE):
         logits, ids, in_row = load_tile(rows, is_read, first, vocab_size, SUB_BLOCK, AT_ONCE)
-        values = _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row)
+        values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, AT_ONCE)
         is_plain = _is_plain(_max_or_nan(_max_or_nan(values, 1), 2), steepness)
         num_nan = tl.sum(tl.sum((values != values).to(tl.float32), axis=1), axis=2)
         values = to_scores(values, 1.0)
@@ -195,12 +196,12 @@ def _summarize_with_care(
 
 
 @triton.jit
-def _allowed_values(logits, ids, in_row, bitmask_ptr, bitmask_row):
-    """fp32 logits, -inf where the bitmask forbids."""
+def _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, NUM_BLOCKS: tl.constexpr):
+    """fp32 logits [R, PARTS, NUM_BLOCKS, WIDTH] of what `load_tile` returned, -inf where the bitmask forbids."""
     values = logits.to(tl.float32)
     if bitmask_ptr is not None:
-        values = tl.where(is_allowed((bitmask_ptr + bitmask_row)[:, None, None, None], ids, in_row), values, NEG_INF)
-    return values
+        values = tl.where(is_allowed((bitmask_ptr + bitmask_row)[:, None, None], ids, in_row), values, NEG_INF)
+    return tl.reshape(values, [logits.shape[0], logits.shape[1] // NUM_BLOCKS, NUM_BLOCKS, logits.shape[2]])
 
 
 @triton.jit

@@ -104,7 +104,7 @@ def sample_kernel(
         logits, ids, in_row = load_tile(row, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
         if cache_ptr is not None:
             cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
-            tl.store(cached[:, None, None, None] + ids, logits, mask=in_row & is_cached[:, None, None, None])
+            tl.store(cached[:, None, None] + ids, logits, mask=in_row & is_cached[:, None, None])
         summarize_tile(
             logits, ids, in_row, row, None, None, is_read, in_batch, inverse_temperature, tile, statistics, plane,
             num_blocks, vocab_size, SUB_BLOCK, TILE,

@@ -138,7 +138,8 @@ def verify(
         block: accept drafts together instead of one by one (arXiv:2403.10444). They must have been drawn with `rounds`
             equal to `positions`. A step without a draft token and an empty target row end the block: see
             `block_reference`.
-        single_launch: statistics, decision and resolution in one launch with early exit; not with filters or `block`.
+        single_launch: statistics, decision and resolution in one launch with early exit; not with a bitmask, filters or
+            `block`, which have more launches whatever it says.
         workspace: scratch to reuse; without it, it is allocated.
     Returns:
         Verification in fp32. Statistics of rows past num_accepted (past the first rejection) are NaN, and NaN or empty
@@ -272,7 +273,7 @@ def verify(
         )
 
     is_block = block and max_drafts > 0  # without drafts there is no difference
-    single_launch = single_launch and not is_block and not filters.are_asked_for
+    single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
     launch(
         tiles, max_drafts + 1, 2 * NUM_WARPS if streams_draft_rows else NUM_WARPS,
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
