@@ -1,6 +1,6 @@
 """Device functions of the samplers' kernels: scores, noise, statistics of sub-blocks and how a row's are merged.
 
-    L_j = log sum_{v in j} e^z_v         H_j = entropy inside sub-block j             (stored per sub-block)
+    L_j = log sum_{v in j} e^z_v         H_j = entropy inside sub-block j       (from sums stored per sub-block)
     L   = log sum_j e^L_j                H   = sum_j P_j (H_j - log P_j),  P_j = e^(L_j - L)
 
 A greedy row (T < 1e-5) is the limit T -> 0 of that: L_j is the sub-block's largest logit, and no noise is added.
