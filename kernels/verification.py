@@ -123,6 +123,7 @@ def verify(
         one_hot: [B] bool, requests whose draft is a point mass on its token.
         target_is_processed: the target rows already carry temperature and masks.
         bitmask: [N, ceil(V / 32)] int32, a grammar's: token v is allowed in a row if bit v % 32 of word v // 32 is set.
+            Compiled by Triton 3.6, rows may round otherwise with one than without.
         filters: top-k, top-p and min-p of each request, applied to p (after the bitmask).
         slots: [B] int32 or int64. Where given, temperature, filters, seeds and the draft_* tensors but draft_token_ids
             have num_slots rows instead of B and are indexed by it; -1 marks a padding row, whose output is token 0. The

@@ -608,31 +608,33 @@ REDUCE(max_s32, (int32_t)result > (int32_t)next ? result : next)
 REDUCE(min_s32, (int32_t)result < (int32_t)next ? result : next)
 
 /* Eight rows of eight b16 a matrix; thread 8 m + r gives the address of matrix m's row r and thread 4 r + c holds its
-   elements 2 c and 2 c + 1. */
-static void matrices(Block *b, const Instruction *i, int is_write) {
+   elements 2 c and 2 c + 1; transposed, elements r of rows 2 c and 2 c + 1. */
+static void matrices(Block *b, const Instruction *i, int is_write, int is_transposed) {
     for (int first = 0; first < b->n; first += WARP) {
         if (!warp_is_whole(b, first)) continue;
         for (int m = 0; m < i->width; m++)
             for (int lane = 0; lane < WARP; lane++) {
-                int row = first + 8 * m + lane / 4;
-                uint32_t address = (uint32_t)(REGISTER(i->in[0])[row] + i->offset);
-                if (address % 16) return fail(b, "thread %d: %#x is not aligned", row, address);
-                address += 4 * (lane % 4);
-                const uint64_t *stored = is_write ? &REGISTER(i->in[1 + m])[first + lane] : NULL;
-                uint8_t *place = shared_at(b, address, 4, first + lane, stored);
-                if (!place) return;
-                if (is_write)
-                    memcpy(place, stored, 4);
-                else {
-                    uint64_t value = 0;
-                    memcpy(&value, place, 4);
-                    b->registers[(int64_t)i->out[m] * b->n + first + lane] = value;
+                uint64_t *pair = &REGISTER(is_write ? i->in[1 + m] : i->out[m])[first + lane], read = 0;
+                for (int half = 0; half < 2; half++) {
+                    int row = lane / 4, column = 2 * (lane % 4) + half;
+                    if (is_transposed) row = 2 * (lane % 4) + half, column = lane / 4;
+                    int thread = first + 8 * m + row;
+                    uint32_t address = (uint32_t)(REGISTER(i->in[0])[thread] + i->offset);
+                    if (address % 16) return fail(b, "thread %d: %#x is not aligned", thread, address);
+                    uint64_t element = *pair >> (16 * half) & 0xffff;
+                    uint8_t *place = shared_at(b, address + 2 * column, 2, first + lane, is_write ? &element : NULL);
+                    if (!place) return;
+                    memcpy(is_write ? (void *)place : &element, is_write ? (void *)&element : place, 2);
+                    read |= (element & 0xffff) << (16 * half);
                 }
+                if (!is_write) *pair = read;
             }
     }
 }
-void op_ldmatrix(Block *b, const Instruction *i) { matrices(b, i, 0); }
-void op_stmatrix(Block *b, const Instruction *i) { matrices(b, i, 1); }
+void op_ldmatrix(Block *b, const Instruction *i) { matrices(b, i, 0, 0); }
+void op_stmatrix(Block *b, const Instruction *i) { matrices(b, i, 1, 0); }
+void op_ldmatrix_trans(Block *b, const Instruction *i) { matrices(b, i, 0, 1); }
+void op_stmatrix_trans(Block *b, const Instruction *i) { matrices(b, i, 1, 1); }
 
 void op_bar_sync(Block *b, const Instruction *i) {
     (void)i;

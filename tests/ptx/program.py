@@ -22,7 +22,7 @@ SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}  # bytes, by the digits of a type
 # Modifiers that change nothing here: which cache, which scope, that all threads go the same way.
 WITHOUT_EFFECT = {"cg", "ca", "cs", "cta", "gpu", "uni", "aligned"}
 ACCESSES = ("ld", "st", "atom", "ldmatrix", "stmatrix")
-OF_ACCESSES = {"global", "shared", "param", "v2", "v4", "sync", "m8n8", "x1", "x2", "x4", "relaxed", "acq_rel"}
+OF_ACCESSES = {"global", "shared", "param", "v2", "v4", "sync", "m8n8", "x1", "x2", "x4", "trans", "relaxed", "acq_rel"}
 END = "ret"  # after the last statement
 RETURNED = 2**31 - 1
 
@@ -206,7 +206,9 @@ class Program:
             result.acquires = result.releases = "acq_rel" in parts
             function = "_".join([name, *parts[-2:]])
         else:
-            function = name if name.endswith("matrix") else f"{name}_{space}"
+            function = f"{name}_{space}"
+            if name.endswith("matrix"):
+                function = f"{name}_trans" if "trans" in parts else name
         self._fill(result, function, [] if is_store else values, inputs)
 
     def _fill(self, result: Instruction, function: str, outputs: list[int] = (), inputs: list[int] = ()) -> None:
