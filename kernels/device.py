@@ -22,7 +22,7 @@ MAX_SCORE = tl.constexpr(reference.MAX_SCORE)
 GREEDY_TEMPERATURE = tl.constexpr(reference.GREEDY_TEMPERATURE)
 ON_AMD = tl.constexpr(torch.version.hip is not None)
 LOAD_BITS = tl.constexpr(8192 if ON_AMD else 4096)  # that a warp's lanes load at once, 128 each
-MAX_PLAIN = tl.constexpr(2.0**14)
+MAX_PLAIN = tl.constexpr(2.0**14)  # of |m c|: up to there, the rounding of o takes at most 2**-11 from t_v
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
@@ -213,9 +213,9 @@ def _is_plain(largest, steepness):
 @triton.jit
 def _store_sums(values, num_nan, largest, factor, offset, is_stored, first_block, statistics, plane, num_blocks):
     """See `summarize_tile`. values: [R, PARTS, NB, WIDTH]; num_nan, largest, factor, offset: [R, NB]."""
-    nothing = tl.zeros_like(values)
+    nothing = tl.zeros_like(values)  # `tl.fma` does not broadcast
     exponents = tl.fma(values, nothing + factor[:, None, :, None], nothing - offset[:, None, :, None])
-    exponents = tl.maximum(exponents, -1000.0)  # NaN too
+    exponents = tl.maximum(exponents, -1000.0)  # weights of -inf and NaN are 0, and so is their part of the moment
     weights = _exp2(exponents)
     total = tl.sum(tl.sum(weights, axis=1), axis=2)
     moment = tl.sum(tl.sum(weights * exponents, axis=1), axis=2)

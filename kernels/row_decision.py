@@ -103,10 +103,10 @@ def decide_row(
         is_kept = has_draft & ~is_point_mass
         logsumexp_q = tl.load(draft_logsumexp_ptr + slot * max_drafts + step, mask=is_kept, other=NEG_INF)
     elif draft_row is not None:
-        draft_logsumexp, draft_entropy, draft_nan, draft_largest = finish_statistics(
+        of_draft = finish_statistics(
             draft_statistics, plane, is_row, inverse_draft, is_greedy, num_blocks, PADDED_BLOCKS
         )
-        logsumexp_q = merge_logsumexp(draft_logsumexp, is_greedy)
+        logsumexp_q = merge_logsumexp(of_draft[0], is_greedy)
 
     draft_threshold = load_draft_threshold(draft_threshold_ptr, slot, step, max_drafts, has_draft & ~is_point_mass)
     is_token = is_read & (token >= 0)

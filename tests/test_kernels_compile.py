@@ -27,7 +27,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # in a process of its own: kernels ask PyTorch whether it is AMD's
 }
 MAX_INSTRUCTIONS = 20  # per logit: at 3 TB/s in bf16, an H100 has time for no more
-REGISTERS = 65_536  # of a processor
+MAX_REGISTERS = 168  # of 65,536 per processor: at least three programs of 4 warps, or one of 8
 BF16 = ["logits", "cache", "kept", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
 INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds", "cache_token_ids", "cache_positions"]
@@ -223,7 +223,7 @@ def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, ta
     record_property("registers", used["REG"])
     print(f"{name}, {target}: {used['REG']} registers", file=sys.stderr)
     assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] * 32 * compiled.metadata.num_warps <= REGISTERS  # for one program, usually for several
+    assert used["REG"] <= MAX_REGISTERS
     ptx = compiled.asm["ptx"]
     if name in READS_ROWS:
         assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx), "no 128-bit loads"
