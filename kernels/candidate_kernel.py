@@ -13,7 +13,7 @@ from vllm_bebop.kernels.arguments import (
 )
 from vllm_bebop.kernels.candidates import GROUP, NUM_KEPT, Candidates, num_candidates
 from vllm_bebop.kernels.device import NEG_INF, to_scores
-from vllm_bebop.kernels.launch import OPTIONS, requests_per_program
+from vllm_bebop.kernels.launch import compile_options, requests_per_program
 
 _GROUP, _NUM_KEPT = tl.constexpr(GROUP), tl.constexpr(NUM_KEPT)
 _LEAST = tl.constexpr(-3e38)
@@ -70,8 +70,7 @@ def find_candidates(
         batch,
         vocab_size,
         REQUESTS=per_program,
-        num_warps=4,
-        **OPTIONS,
+        **compile_options(4),
     )
     return out
 

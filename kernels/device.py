@@ -97,6 +97,20 @@ def _exp2(x):
 
 
 @triton.jit
+def in_all_lanes(x):
+    """A scalar int32, in a way that the compiler sees to be the same for all lanes: what branches on it stays together.
+
+    Without, Triton 3.8's code for both ways is ready for lanes that part, and takes 60 registers more for that.
+    """
+    if IS_INTERPRETED or ON_AMD:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def load_tile(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     """Logits of R rows in NUM_BLOCKS sub-blocks from the first_block-th, their ids, and which of them there are.
 
@@ -149,7 +163,7 @@ def summarize_tile(
     steepness = inverse_temperature[:, None]
     largest = _max_or_nan(_max_or_nan(values, 1), 2)
     is_plain = _is_plain(largest, steepness)
-    if tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0) != 0:
+    if in_all_lanes(tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0)) != 0:
         factor = tl.zeros_like(largest) + steepness * LOG2_E
         _store_sums(
             values, tl.zeros_like(largest), largest, factor, finite(largest) * factor, is_stored, tile * TILE,

@@ -15,9 +15,20 @@ NUM_WARPS = 4
 MANY_WARPS = 8 if torch.version.hip else 16
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
-# How kernels are compiled. Were products fused into sums, each lane would add its own product before rounding and the
-# others' after it, so that lanes could disagree about their sum, and one launch with two. Costs 4 % more instructions.
-OPTIONS = {"enable_fp_fusion": False}
+
+
+def compile_options(num_warps: int) -> dict[str, int | bool]:
+    """How a kernel is compiled.
+
+    Were products fused into sums, each lane would add its own product before rounding and the others' after it, so that
+    lanes could disagree about their sum, and one launch with two. Costs 4 % more instructions.
+    """
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
+
+
+# For the search for a threshold. Told its limit, Nvidia's assembler finds 64 registers enough, with which two programs
+# share a processor; on its own it moves some of them to local memory.
+SEARCH_OPTIONS = compile_options(MANY_WARPS) | ({} if torch.version.hip else {"maxnreg": 64})
 
 
 def is_interpreted() -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vllm_bebop.kernels.arguments import check_rows
-from vllm_bebop.kernels.launch import OPTIONS
+from vllm_bebop.kernels.launch import compile_options
 from vllm_bebop.kernels.vocab_shard import VocabShard
 
 BLOCK = 4096  # logits of one tile
@@ -72,8 +72,7 @@ def logsumexp(logits: Tensor, inverse_temperature: float) -> Tensor:
             inverse_temperature,
             logits.shape[1],
             BLOCK=tile_size(logits.shape[1]),
-            num_warps=NUM_WARPS,
-            **OPTIONS,
+            **compile_options(NUM_WARPS),
         )
     return out
 
@@ -137,8 +136,7 @@ class RowPairs:
             vocab_size,
             COMPUTES_SUMS=computes_sums,
             BLOCK=tile_size(vocab_size),
-            num_warps=NUM_WARPS,
-            **OPTIONS,
+            **compile_options(NUM_WARPS),
         )
 
 

@@ -41,7 +41,15 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import MANY_WARPS, NUM_WARPS, OPTIONS, TILE, partition, requests_per_program
+from vllm_bebop.kernels.launch import (
+    MANY_WARPS,
+    NUM_WARPS,
+    SEARCH_OPTIONS,
+    TILE,
+    compile_options,
+    partition,
+    requests_per_program,
+)
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
 from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
@@ -199,7 +207,7 @@ def verify(
     def launch(
         num_tiles: int,
         num_steps: int,
-        num_warps: int,
+        compiled_with: dict[str, int | bool],
         *,
         statistics: bool = False,
         decision: bool = False,
@@ -269,25 +277,24 @@ def verify(
             PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
             PADDED_STEPS=triton.next_power_of_2(max_drafts + 1),
             REQUESTS=per_program,
-            num_warps=num_warps,
-            **OPTIONS,
+            **compiled_with,
         )
 
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
     launch(
-        tiles, max_drafts + 1, 2 * NUM_WARPS if streams_draft_rows else NUM_WARPS,
+        tiles, max_drafts + 1, compile_options(2 * NUM_WARPS if streams_draft_rows else NUM_WARPS),
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
-        launch(1, max_drafts + 1, MANY_WARPS, decision=True)
+        launch(1, max_drafts + 1, SEARCH_OPTIONS, decision=True)
     if is_block:
-        launch(tiles, max_drafts, MANY_WARPS, block=True, resolution=True)
+        launch(tiles, max_drafts, compile_options(MANY_WARPS), block=True, resolution=True)
         return out
     if not single_launch:
-        launch(1, 1, num_warps=8, resolution=True)
+        launch(1, 1, compile_options(8), resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, MANY_WARPS, residual=True)
+        launch(tiles, 1, compile_options(MANY_WARPS), residual=True)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.support.kernels import DEVICE, EMULATED, INTERPRETED, RUNS_HERE, run_on_the_cpu, runs_kernels
 from vllm_bebop.kernels import linear_statistics
-from vllm_bebop.kernels.launch import OPTIONS
+from vllm_bebop.kernels.launch import compile_options
 from vllm_bebop.kernels.loss_reference import statistics_reference, tv_loss_reference
 
 triton = pytest.importorskip("triton")
@@ -363,7 +363,7 @@ def compile_kernel(name: str, target: str):
         if is_pointer or parameter.name.endswith("_stride") or parameter.name == "vocab_size":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[target], options=OPTIONS | {"num_warps": module.NUM_WARPS})
+    return triton.compile(source, target=TARGETS[target], options=compile_options(module.NUM_WARPS))
 
 
 @pytest.mark.skipif(INTERPRETED or EMULATED, reason="a test of the suite's own process")
