@@ -122,18 +122,19 @@ def draw_after_block(
 
     block_scores [R, PADDED_BLOCKS]: the logarithm of each sub-block's weight in that; logsumexp_p is less by log w.
     """
-    blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
     block_stream = tl.where(from_residual, RESIDUAL_BLOCK, TARGET_BLOCK)[:, None]
     token_stream = tl.where(from_residual, RESIDUAL_TOKEN, TARGET_TOKEN)[:, None]
     block = tl.argmax(add_gumbel(block_scores, seed, position, block_stream, blocks, 0, is_greedy), axis=1)
-    scores, ids = load_kept_block(
+    scores = load_kept_block(
         target_row, block, is_read & ~from_residual, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size,
         SUB_BLOCK,
     )  # fmt: skip
     residual = residual_of(
         target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read & from_residual,
-        ids, rejected, is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
+        block[:, None] * SUB_BLOCK + places, rejected, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
+        inverse_draft, vocab_size,
     )  # fmt: skip
     scores = tl.where(from_residual[:, None], tl.log(residual), scores)
-    inside = tl.argmax(add_gumbel(scores, seed, position, token_stream, ids, 0, is_greedy), axis=1)
+    inside = tl.argmax(add_gumbel(scores, seed, position, token_stream, places, 0, is_greedy), axis=1)
     return block * SUB_BLOCK + inside

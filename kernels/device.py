@@ -43,10 +43,27 @@ def finite(x):
 
 
 @triton.jit
-def uniform(seed, position, stream, index, attempt):
-    """`philox.uniform`: fp32 in (0, 1). seed int64, position and index int32, broadcastable."""
-    word, _, _, _ = tl.philox(seed, index, position, stream, attempt)
+def _to_uniform(word):
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
+
+
+@triton.jit
+def uniform(seed, position, stream, index, attempt):
+    """`philox.uniform`: fp32 in (0, 1). seed int64, position, index and attempt int32, broadcastable."""
+    word0, word1, word2, word3 = tl.philox(seed, index, position, stream, attempt >> 2)
+    even, odd = tl.where((attempt & 2) == 0, word0, word2), tl.where((attempt & 2) == 0, word1, word3)
+    return _to_uniform(tl.where((attempt & 1) == 0, even, odd))
+
+
+@triton.jit
+def four_uniforms(seed, position, stream, index, first_attempt):
+    """[R, N, 4] of attempts first_attempt, a multiple of 4, and the three after it, for the work of one.
+
+    seed, position: [R, 1]; index: [1 or R, N].
+    """
+    word0, word1, word2, word3 = tl.philox(seed, index, position, stream, first_attempt >> 2)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return _to_uniform(tl.reshape(words, [words.shape[0], words.shape[1], 4]))
 
 
 @triton.jit
@@ -54,6 +71,13 @@ def add_gumbel(scores, seed, position, stream, index, attempt, is_greedy):
     """scores [R, N] plus a Gumbel number each, or as they are in greedy rows. index: [1 or R, N] int32."""
     u = uniform(seed[:, None], position[:, None], stream, index, attempt)
     return tl.where(is_greedy[:, None], scores, scores - tl.log(-tl.log(u)))
+
+
+@triton.jit
+def add_four_gumbels(scores, seed, position, stream, index, first_attempt, is_greedy):
+    """`add_gumbel` for four attempts: scores [R, N, 1 or 4], result [R, N, 4]."""
+    u = four_uniforms(seed[:, None], position[:, None], stream, index, first_attempt)
+    return tl.where(is_greedy[:, None, None], scores, scores - tl.log(-tl.log(u)))
 
 
 @triton.jit

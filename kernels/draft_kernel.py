@@ -131,17 +131,15 @@ def sample_kernel(
         logsumexp = merge_logsumexp(block_logsumexp, is_greedy)
         entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp, is_greedy)
 
-        blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+        blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
         noisy = add_gumbel(block_logsumexp, seed, position, BLOCK_STREAM, blocks, attempt, is_greedy)
         block = tl.argmax(noisy, axis=1)
-        scores, token_ids = load_kept_block(
-            row, block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
-        )
-        inside = tl.argmax(add_gumbel(scores, seed, position, TOKEN_STREAM, token_ids, attempt, is_greedy), axis=1)
+        scores = load_kept_block(row, block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK)
+        inside = tl.argmax(add_gumbel(scores, seed, position, TOKEN_STREAM, places, attempt, is_greedy), axis=1)
         log_prob = pick(scores, inside) - finite(logsumexp)
 
         top_block = tl.argmax(largest, axis=1)
-        scores, _ = load_kept_block(
+        scores = load_kept_block(
             row, top_block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
         )
         argmax_id = (top_block * SUB_BLOCK + tl.argmax(scores, axis=1)).to(tl.int64)

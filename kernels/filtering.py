@@ -43,10 +43,10 @@ def load_kept(rows, ids, mask, inverse_temperature, bitmask_ptr, bitmask_row, th
 def load_kept_block(
     rows, block, mask, inverse_temperature, bitmask_ptr, bitmask_row, threshold, vocab_size, SUB_BLOCK: tl.constexpr
 ):
-    """Scores and ids [R, SUB_BLOCK] of sub-block `block` [R] of each row, as `load_kept`."""
+    """Scores [R, SUB_BLOCK] of sub-block `block` [R] of each row, as `load_kept`."""
     ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
     mask = mask[:, None] & (ids < vocab_size)
-    return load_kept(rows, ids, mask, inverse_temperature, bitmask_ptr, bitmask_row, threshold), ids
+    return load_kept(rows, ids, mask, inverse_temperature, bitmask_ptr, bitmask_row, threshold)
 
 
 @triton.jit

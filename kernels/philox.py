@@ -5,15 +5,16 @@ tokens therefore do not depend on its neighbours in the batch, and the fused ker
 `philox_4x32(seed, c0, c1, c2, c3)` returns the words of `tl.philox(seed, c0, c1, c2, c3)` with 32-bit counters.
 
     key     = 64-bit seed of the request                  (k0 = low word, k1 = high word)
-    counter = (index, position, stream, attempt)          (c0 .. c3, 32 bits each)
-    uniform = ((word0 >> 9) + 0.5) * 2**-23               (exact in fp32; from 2**-24 to 1 - 2**-24)
+    counter = (index, position, stream, attempt // 4)     (c0 .. c3, 32 bits each)
+    uniform = ((word >> 9) + 0.5) * 2**-23                (of word attempt % 4; exact in fp32; 2**-24 to 1 - 2**-24)
     gumbel  = -log(-log(uniform))                         (always finite; from -2.8 to 16.6)
 
 Equal numbers go to the lower id: with 23 bits, the first of 512 equal tokens is 3e-5 too likely, relatively, which is
 8e-6 in total variation; to notice it takes some 10**9 draws.
 
-`position` is the absolute position of the token being decided. `attempt` counts thinning rounds. Under block
-verification it is the round's first position where a draft is drawn or accepted (see `block_reference`); 0 elsewhere.
+`position` is the absolute position of the token being decided. `attempt` counts thinning rounds, four of which are one
+block of Philox. Under block verification it is the round's first position where a draft is drawn or accepted (see
+`block_reference`); 0 elsewhere.
 """
 
 from enum import IntEnum
@@ -31,7 +32,7 @@ class Stream(IntEnum):
     """What a random number is for. Numbers of different streams are independent, so no two decisions share noise."""
 
     DRAFT_BLOCK = 0  # index = sub-block
-    DRAFT_TOKEN = 1  # index = vocabulary id, as for every *_TOKEN stream
+    DRAFT_TOKEN = 1  # index = the token's place in its sub-block, as for every *_TOKEN stream
     ACCEPT = 2  # index = 0
     TARGET_BLOCK = 3
     TARGET_TOKEN = 4
@@ -82,13 +83,17 @@ def uniform(
     Args:
         seed, position: int64, broadcastable.
         stream: what the number is for.
-        index: which number of the stream (sub-block or vocabulary id); broadcasts with `seed`.
+        index: which number of the stream (sub-block, or place in it); broadcasts with `seed`.
         attempt: thinning round, or the round of block verification; broadcasts with `seed`.
     Returns:
         fp32 tensor of the broadcast shape: odd multiples of 2**-24, a step of 2**-23 apart. Each operation is exact in
         fp32, so any IEEE device gives the same bits.
     """
-    word, _, _, _ = philox_4x32(seed, index, position, int(stream), attempt)
+    words = philox_4x32(seed, index, position, int(stream), attempt >> 2)
+    if isinstance(attempt, int):
+        word = words[attempt & 3]
+    else:
+        word = torch.stack(words, dim=-1).gather(-1, (attempt & 3).expand_as(words[0])[..., None]).squeeze(-1)
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 

@@ -341,9 +341,9 @@ def _draw(
     blocks = torch.arange(num_blocks, device=scores.device)
     noise = gumbel(seeds, positions, block_stream, blocks, attempt, dtype)
     block = (block_logsumexp + noise).argmax(dim=1)
-    ids = block[:, None] * width + torch.arange(width, device=scores.device)
     inside = scores[torch.arange(num_rows, device=scores.device), block]
-    noise = gumbel(seeds, positions, token_stream, ids, attempt, dtype)
+    places = torch.arange(width, device=scores.device)
+    noise = gumbel(seeds, positions, token_stream, places, attempt, dtype)
     return block * width + (inside + noise).argmax(dim=1)
 
 

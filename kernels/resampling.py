@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.candidate_kernel import load_candidates
-from vllm_bebop.kernels.device import NEG_INF, add_gumbel, finite, pick, uniform
-from vllm_bebop.kernels.filtering import load_kept, load_kept_block
+from vllm_bebop.kernels.device import NEG_INF, add_four_gumbels, add_gumbel, finite, four_uniforms, in_all_lanes
+from vllm_bebop.kernels.filtering import load_kept
 from vllm_bebop.kernels.philox import Stream
 
 TARGET_BLOCK, TARGET_TOKEN = tl.constexpr(int(Stream.TARGET_BLOCK)), tl.constexpr(int(Stream.TARGET_TOKEN))
@@ -76,47 +76,47 @@ def draw_last_token(
     """The token after the accepted ones [R], and whether thinning gave up on it.
 
     Every request draws from p. Where the token must come from max(0, p - q), a draw x is dropped with probability
-    min(1, q(x) / p(x)) and drawn anew, NUM_THINNING_ROUNDS times at most: see `reference._sample_residual`.
+    min(1, q(x) / p(x)) and drawn anew, NUM_THINNING_ROUNDS times at most: see `reference._sample_residual`. Four draws
+    are made at once, [R, N, 4]: one after the other, each would wait for memory three times.
     """
-    blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
     block_stream = tl.where(from_residual, THINNING_BLOCK, TARGET_BLOCK)[:, None]
     token_stream = tl.where(from_residual, THINNING_TOKEN, TARGET_TOKEN)[:, None]
     token = tl.zeros_like(rejected)
     is_pending = in_batch
     is_dropped = from_residual
-    num_attempts = NUM_THINNING_ROUNDS
+    num_attempts = tl.where(from_residual, NUM_THINNING_ROUNDS, 1)[:, None]
     if NUM_THINNING_ROUNDS == 0:
-        num_attempts = 1
         is_pending = in_batch & ~from_residual
-    attempt = 0
-    while (attempt < num_attempts) & (tl.max(is_pending.to(tl.int32), axis=0) > 0):
-        noisy = add_gumbel(block_logsumexp, seed, position, block_stream, blocks, attempt, is_greedy)
+    first = 0
+    while in_all_lanes(tl.max(is_pending.to(tl.int32), axis=0)) > 0:
+        attempts = first + tl.arange(0, 4)[None, :]
+        is_tried = is_pending[:, None] & (attempts < num_attempts)
+        noisy = add_four_gumbels(block_logsumexp[:, :, None], seed, position, block_stream, blocks, first, is_greedy)
         block = tl.argmax(noisy, axis=1)
-        mask = is_read & is_pending
-        scores, ids = load_kept_block(
-            target_row, block, mask, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size, SUB_BLOCK
-        )
-        inside = tl.argmax(add_gumbel(scores, seed, position, token_stream, ids, attempt, is_greedy), axis=1)
+        ids = tl.reshape(block[:, None, :] * SUB_BLOCK + places[:, :, None], [block.shape[0], 4 * SUB_BLOCK])
+        mask = tl.broadcast_to((is_read[:, None] & is_tried)[:, None, :], [block.shape[0], SUB_BLOCK, 4])
+        mask = tl.reshape(mask, [block.shape[0], 4 * SUB_BLOCK]) & (ids < vocab_size)
+        scores = load_kept(target_row, ids, mask, inverse_target, bitmask_ptr, bitmask_row, threshold)
+        scores = tl.reshape(scores, [block.shape[0], SUB_BLOCK, 4])
+        inside = tl.argmax(add_four_gumbels(scores, seed, position, token_stream, places, first, is_greedy), axis=1)
         draw = block * SUB_BLOCK + inside
-        log_p = pick(scores, inside) - finite(logsumexp_p)
-        of_q = (mask & from_residual)[:, None]
+        score = tl.max(tl.where(places[:, :, None] == inside[:, None, :], scores, NEG_INF), axis=1)
+        log_p = score - finite(logsumexp_p)[:, None]
         log_q = draft_log_prob(
-            draft_row,
-            draft_ids,
-            draft_threshold,
-            of_q,
-            draw[:, None],
-            rejected,
-            is_point_mass,
-            logsumexp_q,
-            inverse_draft,
-        )
-        u = uniform(seed, position, THINNING_KEEP, tl.zeros_like(rejected), attempt)
-        is_below = is_below_ratio(u, tl.max(log_q, axis=1), log_p)
-        token = tl.where(is_pending, draw, token)
-        is_dropped = tl.where(is_pending, from_residual & is_below, is_dropped)
-        is_pending = is_pending & is_dropped
-        attempt += 1
+            draft_row, draft_ids, draft_threshold, is_tried & (is_read & from_residual)[:, None], draw, rejected,
+            is_point_mass, logsumexp_q, inverse_draft,
+        )  # fmt: skip
+        u = four_uniforms(seed[:, None], position[:, None], THINNING_KEEP, tl.zeros_like(rejected)[:, None], first)
+        is_below = is_below_ratio(tl.reshape(u, [block.shape[0], 4]), log_q, log_p)
+        is_kept = is_tried & ~(from_residual[:, None] & is_below)
+        # The first that is kept, or else the last.
+        chosen = tl.min(tl.where(is_kept, attempts, tl.minimum(num_attempts, first + 4) - 1), axis=1)
+        is_found = tl.max(is_kept.to(tl.int32), axis=1) > 0
+        token = tl.where(is_pending, tl.max(tl.where(attempts == chosen[:, None], draw, -1), axis=1), token)
+        is_dropped = tl.where(is_pending, ~is_found, is_dropped)
+        first += 4
+        is_pending = is_pending & ~is_found & (first < NUM_THINNING_ROUNDS)
     return token, is_dropped
 
 
@@ -212,13 +212,13 @@ def draw_from_residual(
 ):
     """[R]: a token from max(0, p - q), of whose sub-blocks block_sums [R, PADDED_BLOCKS] are the sums."""
     never_greedy = token < -1
-    blocks = tl.arange(0, PADDED_BLOCKS)[None, :]
+    blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
     noisy = add_gumbel(tl.log(block_sums), seed, position, RESIDUAL_BLOCK, blocks, 0, never_greedy)
     block = tl.argmax(noisy, axis=1)
-    ids = block[:, None] * SUB_BLOCK + tl.arange(0, SUB_BLOCK)[None, :]
+    ids = block[:, None] * SUB_BLOCK + places
     residual = residual_of(
         target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
         is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
     )  # fmt: skip
-    noisy = add_gumbel(tl.log(residual), seed, position, RESIDUAL_TOKEN, ids, 0, never_greedy)
+    noisy = add_gumbel(tl.log(residual), seed, position, RESIDUAL_TOKEN, places, 0, never_greedy)
     return block * SUB_BLOCK + tl.argmax(noisy, axis=1)

@@ -117,7 +117,7 @@ def decide_row(
     log_p = score - finite(logsumexp_p)
     if tl.max(is_greedy.to(tl.int32), axis=0) > 0:
         top_block = tl.argmax(block_logsumexp, axis=1)
-        scores, _ = load_kept_block(
+        scores = load_kept_block(
             target_row, top_block, is_read, inverse_target, bitmask_ptr, bitmask_row, threshold, vocab_size,
             SUB_BLOCK,
         )  # fmt: skip

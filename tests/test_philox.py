@@ -73,9 +73,10 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from vllm_bebop.kernels.device import four_uniforms, uniform
 
 @triton.jit
-def draw(seed_ptr, counter_ptr, word_ptr, uniform_ptr, n, BLOCK: tl.constexpr):
+def draw(seed_ptr, counter_ptr, word_ptr, uniform_ptr, four_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     seed = tl.load(seed_ptr + i, mask=mask, other=0)
@@ -88,15 +89,18 @@ def draw(seed_ptr, counter_ptr, word_ptr, uniform_ptr, n, BLOCK: tl.constexpr):
     tl.store(word_ptr + n + i, w1.to(tl.int64), mask=mask)
     tl.store(word_ptr + 2 * n + i, w2.to(tl.int64), mask=mask)
     tl.store(word_ptr + 3 * n + i, w3.to(tl.int64), mask=mask)
-    tl.store(uniform_ptr + i, ((w0 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07, mask=mask)
+    tl.store(uniform_ptr + i, uniform(seed, c1, c2, c0, c3), mask=mask)
+    four = four_uniforms(seed[None, :], c1[None, :], c2[None, :], c0[None, :], c3[None, :] // 4 * 4)
+    tl.store(four_ptr + 4 * i[None, :, None] + tl.arange(0, 4), four, mask=mask[None, :, None])
 
 data = np.load(sys.argv[1])
 seeds = torch.from_numpy(data["seeds"])
 counters = torch.from_numpy(data["counters"].astype(np.uint32).view(np.int32))
 n = seeds.numel()
 words, uniforms = torch.full((4, n), -1, dtype=torch.int64), torch.full((n,), float("nan"))
-draw[(triton.cdiv(n, 256),)](seeds, counters, words, uniforms, n, BLOCK=256)
-np.savez(sys.argv[2], words=words.numpy(), uniforms=uniforms.numpy())
+fours = torch.full((n, 4), float("nan"))
+draw[(triton.cdiv(n, 256),)](seeds, counters, words, uniforms, fours, n, BLOCK=256)
+np.savez(sys.argv[2], words=words.numpy(), uniforms=uniforms.numpy(), fours=fours.numpy())
 """
 
 
@@ -104,6 +108,7 @@ def test_philox_equals_triton(tmp_path) -> None:
     pytest.importorskip("triton")
     seeds, counters = random_inputs(2_000)
     counters[2] = Stream.THINNING_KEEP
+    counters[3] //= 2  # attempts are not negative in int32
     np.savez(tmp_path / "in.npz", seeds=seeds, counters=counters)
     (tmp_path / "program.py").write_text(TRITON_PROGRAM)
     # Triton reads TRITON_INTERPRET while it is imported, hence a process of its own.
@@ -117,6 +122,13 @@ def test_philox_equals_triton(tmp_path) -> None:
     c0, c1, _, c3 = torch.from_numpy(counters)
     ours = uniform(torch.from_numpy(seeds), c1, Stream.THINNING_KEEP, c0, c3)
     assert np.array_equal(ours.numpy(), theirs["uniforms"])
+    for k in range(4):
+        ours = uniform(torch.from_numpy(seeds), c1, Stream.THINNING_KEEP, c0, c3 // 4 * 4 + k)
+        assert np.array_equal(ours.numpy(), theirs["fours"][:, k])
+        assert torch.equal(
+            ours[:1],
+            uniform(torch.from_numpy(seeds[:1]), c1[:1], Stream.THINNING_KEEP, c0[:1], int(c3[0] // 4 * 4 + k)),
+        )
 
 
 def test_uniform_is_open_and_exact(monkeypatch) -> None:
