@@ -13,22 +13,23 @@ TILE = 16  # sub-blocks that one program reads
 NUM_WARPS = 4
 # For what needs many registers: 512 threads share them. AMD's warps are twice as wide.
 MANY_WARPS = 8 if torch.version.hip else 16
+MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
 
 
-def compile_options(num_warps: int) -> dict[str, int | bool]:
-    """How a kernel is compiled.
+def compile_options(num_warps: int, max_registers: int | None = None) -> dict[str, int | bool]:
+    """How a kernel is compiled. Told its limit of registers per thread, Nvidia's assembler keeps to it without use of
+    local memory where it can; on its own it sets limits that it cannot keep.
 
     Were products fused into sums, each lane would add its own product before rounding and the others' after it, so that
     lanes could disagree about their sum, and one launch with two. Costs 4 % more instructions.
     """
-    return {"num_warps": num_warps, "enable_fp_fusion": False}
+    limit = {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}
+    return {"num_warps": num_warps, "enable_fp_fusion": False} | limit
 
 
-# For the search for a threshold. Told its limit, Nvidia's assembler finds 64 registers enough, with which two programs
-# share a processor; on its own it moves some of them to local memory.
-SEARCH_OPTIONS = compile_options(MANY_WARPS) | ({} if torch.version.hip else {"maxnreg": 64})
+SEARCH_OPTIONS = compile_options(MANY_WARPS, 64)  # for a threshold; with 64 registers, two programs share a processor
 
 
 def is_interpreted() -> bool:

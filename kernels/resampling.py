@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.candidate_kernel import load_candidates
-from vllm_bebop.kernels.device import NEG_INF, add_four_gumbels, add_gumbel, finite, four_uniforms, in_all_lanes
+from vllm_bebop.kernels.device import (
+    LOAD_BITS,
+    NEG_INF,
+    add_four_gumbels,
+    add_gumbel,
+    finite,
+    four_uniforms,
+    in_all_lanes,
+)
 from vllm_bebop.kernels.filtering import load_kept
 from vllm_bebop.kernels.philox import Stream
 
@@ -176,15 +184,22 @@ def store_residual_sums(
     """Reads one tile of R rows of p and of q and stores each sub-block's sum of max(0, p - q).
 
     sums: [R] pointers to each row's first sub-block; is_read, is_stored: [R], 0 is stored for what is not read.
+    A few sub-blocks at once, each for one warp: see `load_tile`.
     """
-    ids = tile * TILE * SUB_BLOCK + tl.arange(0, TILE * SUB_BLOCK)[None, :]
-    residual = residual_of(
-        target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, ids, token,
-        is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, vocab_size,
-    )  # fmt: skip
-    blocks = tile * TILE + tl.arange(0, TILE)[None, :]
-    of_blocks = tl.sum(tl.reshape(residual, [sums.shape[0], TILE, SUB_BLOCK]), axis=2)
-    tl.store(sums[:, None] + blocks, of_blocks, mask=is_stored[:, None] & (blocks < num_blocks))
+    NUM_BLOCKS: tl.constexpr = min(TILE, 4)
+    WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // target_row.dtype.element_ty.primitive_bitwidth)
+    i = tl.arange(0, NUM_BLOCKS * SUB_BLOCK)
+    places = i // WIDTH % NUM_BLOCKS * SUB_BLOCK + i // (WIDTH * NUM_BLOCKS) * WIDTH + i % WIDTH
+    for first in range(tile * TILE, (tile + 1) * TILE, NUM_BLOCKS):
+        residual = residual_of(
+            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
+            (first * SUB_BLOCK + places)[None, :], token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
+            inverse_draft, vocab_size,
+        )  # fmt: skip
+        residual = tl.reshape(residual, [sums.shape[0], SUB_BLOCK // WIDTH, NUM_BLOCKS, WIDTH])
+        of_blocks = tl.sum(tl.sum(residual, axis=1), axis=2)
+        blocks = first + tl.arange(0, NUM_BLOCKS)[None, :]
+        tl.store(sums[:, None] + blocks, of_blocks, mask=is_stored[:, None] & (blocks < num_blocks))
 
 
 @triton.jit

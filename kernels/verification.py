@@ -42,7 +42,7 @@ from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import (
-    MANY_WARPS,
+    MAX_REGISTERS,
     NUM_WARPS,
     SEARCH_OPTIONS,
     TILE,
@@ -282,19 +282,20 @@ def verify(
 
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
+    num_warps = 2 * NUM_WARPS if streams_draft_rows else NUM_WARPS
     launch(
-        tiles, max_drafts + 1, compile_options(2 * NUM_WARPS if streams_draft_rows else NUM_WARPS),
+        tiles, max_drafts + 1, compile_options(num_warps, MAX_REGISTERS if single_launch else None),
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
         launch(1, max_drafts + 1, SEARCH_OPTIONS, decision=True)
     if is_block:
-        launch(tiles, max_drafts, compile_options(MANY_WARPS), block=True, resolution=True)
+        launch(tiles, max_drafts, compile_options(8, 128), block=True, resolution=True)
         return out
     if not single_launch:
         launch(1, 1, compile_options(8), resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, compile_options(MANY_WARPS), residual=True)
+        launch(tiles, 1, compile_options(NUM_WARPS, 128), residual=True)
     return out
 
 

@@ -7,6 +7,7 @@ from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, we
 from vllm_bebop.kernels.device import (
     GREEDY_TEMPERATURE,
     NEG_INF,
+    in_all_lanes,
     load_statistics,
     load_tile,
     pick,
@@ -103,6 +104,10 @@ def verify_kernel(
     # The requests of this program, [R] each.
     request = group * REQUESTS + tl.arange(0, REQUESTS)
     in_batch = request < batch
+    if RESIDUAL:  # mostly there is none
+        is_unresolved = tl.load(unresolved_ptr + request, mask=in_batch, other=0) != 0
+        if in_all_lanes(tl.max(is_unresolved.to(tl.int32), axis=0)) == 0:
+            return
     slot = request.to(tl.int64)
     is_request = in_batch
     if slots_ptr is not None:
@@ -123,9 +128,7 @@ def verify_kernel(
     # The row that this program is about: a step's row, or the request's last one.
     step = tl.zeros([REQUESTS], tl.int32) + tl.program_id(2)
     if RESIDUAL:
-        is_request = is_request & (tl.load(unresolved_ptr + request, mask=in_batch, other=0) != 0)
-        if tl.max(is_request.to(tl.int32), axis=0) == 0:
-            return
+        is_request = is_request & is_unresolved
         step = tl.load(num_accepted_ptr + request, mask=is_request, other=0).to(tl.int32)
     row = first_row + step
     row_index = request * num_steps + step

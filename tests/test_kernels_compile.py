@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vllm_bebop.kernels.launch import SEARCH_OPTIONS, compile_options  # noqa: E402
+from vllm_bebop.kernels.launch import MAX_REGISTERS, SEARCH_OPTIONS, compile_options  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {
@@ -27,7 +27,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # in a process of its own: kernels ask PyTorch whether it is AMD's
 }
 MAX_INSTRUCTIONS = 20  # per logit: at 3 TB/s in bf16, an H100 has time for no more
-MAX_REGISTERS = 168  # of 65,536 per processor: at least three programs of 4 warps, or one of 8
 BF16 = ["logits", "cache", "kept", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
 INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds", "cache_token_ids", "cache_positions"]
@@ -177,6 +176,8 @@ ONE_HOT = (
 )
 FILTERED, CANDIDATES = ("bitmask", "draft_ids"), ("bitmask", *FILTERS)
 DECIDED, AT_ONCE = ("STATISTICS", "DECISION"), ("STATISTICS", "DECISION", "RESOLUTION")
+LIMITED = compile_options(4, MAX_REGISTERS)
+RESIDUAL, BLOCK = compile_options(4, 128), compile_options(8, 128)
 ONE_DRAFT = {"max_drafts": 1, "tokens_stride": 1, "PADDED_STEPS": 2}  # compiled, an integer 1 becomes a constant
 KERNELS = {
     "sample": lambda target: sampling(target, 4, filtered=False),
@@ -194,15 +195,19 @@ KERNELS = {
     "decision with filters": lambda target: verification(target, SEARCH_OPTIONS, "DECISION", absent=FILTERED),
     "decision with everything": lambda target: verification(target, SEARCH_OPTIONS, "DECISION", absent=()),
     "resolution": lambda target: verification(target, 8, "RESOLUTION"),
-    "residual": lambda target: verification(target, 16, "RESIDUAL"),
+    "residual": lambda target: verification(target, RESIDUAL, "RESIDUAL"),
     "resolution of candidates": lambda target: verification(target, 8, "RESOLUTION", absent=CANDIDATES),
     "resolution with everything": lambda target: verification(target, 8, "RESOLUTION", absent=()),
-    "residual with everything": lambda target: verification(target, 16, "RESIDUAL", absent=()),
-    "block": lambda target: verification(target, 16, "BLOCK", "RESOLUTION"),
-    "block with everything": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", absent=()),
-    "single launch": lambda target: verification(target, 4, *AT_ONCE),
-    "single launch of one draft": lambda target: verification(target, 4, *AT_ONCE, **ONE_DRAFT),
-    "block of one draft": lambda target: verification(target, 16, "BLOCK", "RESOLUTION", **ONE_DRAFT),
+    "residual with everything": lambda target: verification(target, RESIDUAL, "RESIDUAL", absent=()),
+    "block": lambda target: verification(target, BLOCK, "BLOCK", "RESOLUTION"),
+    "block with everything": lambda target: verification(
+        target, compile_options(8, 128), "BLOCK", "RESOLUTION", absent=()
+    ),
+    "single launch": lambda target: verification(target, LIMITED, *AT_ONCE),
+    "single launch of one draft": lambda target: verification(target, LIMITED, *AT_ONCE, **ONE_DRAFT),
+    "block of one draft": lambda target: verification(
+        target, compile_options(8, 128), "BLOCK", "RESOLUTION", **ONE_DRAFT
+    ),
 }
 # Those that pass over rows; the others read single sub-blocks.
 READS_ROWS = [
