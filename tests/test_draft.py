@@ -290,6 +290,7 @@ def _edit(**changes):
         ({"mtp.extra.weight": torch.zeros(2)}, "unexpected tensors: mtp.extra.weight"),
         ({"model.layers.0.q.weight": torch.zeros(2)}, "a draft holds only the head, mtp.*, not the target's backbone"),
         ({"mtp.fc.weight_scale": torch.zeros(2)}, "mtp.fc.weight_scale; the head is quantised"),
+        ({"mtp.layers.0.self_attn.k_scale": torch.ones(1)}, "unexpected tensors: mtp.layers.0.self_attn.k_scale"),
         ({FC: torch.zeros(64, 64)}, f"{FC} has shape [64, 64], config.json implies [64, 128]"),
         ({FC: torch.zeros(64, 128, dtype=torch.int8)}, f"unsupported dtype I8 of {FC}: store bf16, fp16 or fp32"),
         ({FC: torch.zeros(64, 128).to(torch.float8_e4m3fn)}, f"unsupported dtype F8_E4M3 of {FC}"),
@@ -300,6 +301,14 @@ def _edit(**changes):
 )
 def test_refuses_bad_tensors(tmp_path, changes, reason):
     assert reason in refused(save(tmp_path / "d", _edit(**changes)))
+
+
+def test_scales_of_the_kv_cache_may_stand_beside_a_quantised_target(tmp_path):
+    """vLLM takes them up there, and nowhere else."""
+    scale = "mtp.layers.0.self_attn.k_scale"
+    tensors, target = _edit(**{scale: torch.ones(1)}), TARGET | {"quantization_config": {"quant_method": "fp8"}}
+    assert scale in read_draft(save(tmp_path / "draft", tensors), target).tensors
+    assert scale in inspect_checkpoint_head(save(tmp_path / "target", tensors, target)).tensors
 
 
 def test_reports_every_problem_at_once(tmp_path):

@@ -76,10 +76,10 @@ def test_head_refuses_what_it_cannot_train() -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_load_head_reads_what_head_tensors_gives(family: str, tmp_path: Path) -> None:
-    """In every layout that vLLM reads, beside the target's own tensors, which are left unread."""
+    """In every layout that vLLM reads, beside what is left unread: the target's own, and scales of the KV cache."""
     head, model = small_head(family), small_target(family)
-    copies = {head.prefix + name: torch.zeros(1) for name in head.family.copies}
-    others = copies | {"model.norm.weight": torch.zeros(1), "model.layers.0.mlp.gate.weight": torch.zeros(1)}
+    unread = {head.prefix + name: torch.zeros(1) for name in (*head.family.copies, "self_attn.k_scale")}
+    others = unread | {"model.norm.weight": torch.zeros(1), "model.layers.0.mlp.gate.weight": torch.zeros(1)}
     for layout in head.family.expert_layouts or (None,):
         stored = {name: tensor.contiguous() for name, tensor in head_tensors(head, layout).items()}
         save_file(stored | others, tmp_path / "model.safetensors")

@@ -147,7 +147,7 @@ def read_draft(path: str | Path, target_config: Config, target_dir: str | Path |
     ignored = tuple(sorted(name for name in entries if family.is_target_copy(name, config)))
     tensors = {name: entry for name, entry in entries.items() if name not in ignored}
     if not unreadable:
-        problems += tensor_problems(family, config, tensors) + value_problems(tensors)
+        problems += tensor_problems(family, config, tensors, target_config) + value_problems(tensors)
     if problems:
         raise DraftError(*problems, path=path)
     warnings = [*config_warnings(family, config, target_config), *_fingerprint_warnings(metadata, target_dir)]
@@ -180,8 +180,10 @@ def inspect_checkpoint_head(model_dir: str | Path) -> HeadReport:
     if not problems and not head:
         problems = [f"no tensor is named {family.prefixes(config)[0]}*: the head was lost on export; add a draft"]
     elif not problems:
-        stored = {weight_name(name) for name in head}
-        problems = missing_tensors(family, config, stored) if quantised else tensor_problems(family, config, head)
+        if quantised:
+            problems = missing_tensors(family, config, {weight_name(name) for name in head})
+        else:
+            problems = tensor_problems(family, config, head, target_config=config)
     if problems:
         raise DraftError(*problems, path=directory)
     return HeadReport(family, count, head, quantised)

@@ -18,6 +18,11 @@ _QUANTISED = (
     *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_shape", ".weight_zero_point"),
     *(".input_scale", ".qweight", ".qzeros", ".scales", ".g_idx"),
 )
+# Of the KV cache. Beside a quantised target vLLM takes them up, though the head itself is not quantised.
+CACHE_SCALES = (
+    *(".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".prob_scale"),
+    *(".q_zero_point", ".k_zero_point", ".v_zero_point"),
+)
 # Sizes aside, what a head must share with its target to mean the same there.
 _NUMERICS = ("rms_norm_eps", "hidden_act", "rope_theta", "partial_rotary_factor")
 # Where these methods list the modules that they leave alone; others have ways of their own.
@@ -48,7 +53,9 @@ def config_problems(family: Family, config: Config, target_config: Config) -> li
     return problems
 
 
-def tensor_problems(family: Family, config: Config, tensors: Mapping[str, TensorEntry]) -> list[str]:
+def tensor_problems(
+    family: Family, config: Config, tensors: Mapping[str, TensorEntry], target_config: Config
+) -> list[str]:
     """Names, shapes and dtypes against the config."""
     try:
         expected = family.expected_tensors(config, _expert_layout(family, set(tensors)))
@@ -57,7 +64,8 @@ def tensor_problems(family: Family, config: Config, tensors: Mapping[str, Tensor
     if not expected:
         return []  # no MTP layers: reported with the config
     problems = missing_tensors(family, config, set(tensors))
-    if unexpected := sorted(set(tensors) - set(expected)):
+    accepted = CACHE_SCALES if _quantisation(target_config)[0] is not None else ()
+    if unexpected := sorted(name for name in set(tensors) - set(expected) if not name.endswith(accepted)):
         hint = ""
         if any(name.endswith(_QUANTISED) for name in unexpected):
             hint = "; the head is quantised: store bf16, fp16 or fp32"

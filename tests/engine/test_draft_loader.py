@@ -129,8 +129,10 @@ def test_unquantised_file_for_a_quantised_head_is_refused(monkeypatch, world, he
 
 def test_scales_of_the_kv_cache_keep_their_defaults(monkeypatch, world):
     """A target in FP8 gives its head these parameters even where it leaves the head itself alone."""
-    held = _load(monkeypatch, {"w": torch.empty(4), "attn.k_scale": torch.tensor([-1.0])}, {"w": torch.arange(4.0)})
-    assert held["attn.k_scale"] == -1
+    parameters = {"w": torch.empty(4), "attn.k_scale": torch.tensor([-1.0])}
+    assert _load(monkeypatch, parameters, {"w": torch.arange(4.0)})["attn.k_scale"] == -1
+    stored = {"w": torch.arange(4.0), "attn.k_scale": torch.tensor([0.5])}
+    assert _load(monkeypatch, parameters, stored)["attn.k_scale"] == 0.5
 
 
 def test_padding_of_experts_may_be_unwritten(monkeypatch, world):

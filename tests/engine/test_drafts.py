@@ -135,7 +135,8 @@ def test_dummy_target_still_gets_a_real_head():
         assert (head.model.norm.weight.cpu() == stored).all()
 
 
-def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path):
+@pytest.mark.parametrize("scales_stored", [False, True])
+def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path, scales_stored):
     """Such a quantization_config gives every attention scales and zero points, the head's too."""
     pytest.importorskip("compressed_tensors")
     target = tmp_path / "target"
@@ -151,6 +152,10 @@ def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path)
         "ignore": ["re:.*"],
     }
     (target / "config.json").write_text(json.dumps(config))
+    if scales_stored:
+        scales = {f"mtp.layers.0.self_attn.{name}_scale": torch.tensor([0.5]) for name in "kv"}
+        tensors = load_file(target / "model.safetensors")
+        save_file(tensors | scales, target / "model.safetensors", {"format": "pt"})
     with engine(BEBOP, model=str(target)) as llm:
         assert _served(llm) == native
 

@@ -9,6 +9,8 @@ NaN first, vLLM's own loader runs, and then
 * a checksum over all elements that does not depend on their order equals that of the file's tensors, summed over
   tensor-parallel ranks (not with pipeline, data or context parallelism, which share out a head in other ways).
 
+Scales of the KV cache, beside a quantised target, are left out of both: vLLM's defaults stand where a file has none.
+
 A quantised head is loaded without either: its scales may be repeated, absent or vLLM's own. Only a file that holds an
 unquantised one is refused, unless vLLM quantises as it loads.
 
@@ -31,16 +33,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm_bebop.draft import DraftError, add_checksums, element_checksum
 from vllm_bebop.engine.draft_shards import checksum_over_ranks, padding_numel
 from vllm_bebop.families import recognise
+from vllm_bebop.head_checks import CACHE_SCALES
 
 logger = logging.getLogger("vllm.bebop")
 
 # The target's own are used: vLLM puts them in place after loading (the embedding not with pipeline parallelism).
 _SHARED_WITH_TARGET = ("lm_head", "shared_head.head", "embed_tokens")
-# Of the KV cache, if the target is quantised: vLLM's defaults stand where a checkpoint has none.
-_OPTIONAL = (
-    *(".q_scale", ".k_scale", ".v_scale", ".prob_scale"),
-    *(".q_zero_point", ".k_zero_point", ".v_zero_point"),
-)
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,7 +82,8 @@ class BebopDraftLoader(DefaultModelLoader):
         config = model_config.hf_config.to_dict()
         family = recognise(config)
         for name, tensor in super().get_all_weights(model_config, model):
-            if family.is_head_tensor(name, config) and not family.is_target_copy(name, config):
+            is_heads_own = family.is_head_tensor(name, config) and not family.is_target_copy(name, config)
+            if is_heads_own and not name.endswith(CACHE_SCALES):
                 if tensor.dtype in _PLAIN_DTYPES:
                     checksum = element_checksum(tensor, model_config.dtype)
                     self._file_checksum = add_checksums(self._file_checksum, checksum)
@@ -120,7 +119,7 @@ def _head_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if not any(part in name for part in shared) and not name.endswith(_OPTIONAL)
+        if not any(part in name for part in shared) and not name.endswith(CACHE_SCALES)
     }
 
 

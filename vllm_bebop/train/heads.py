@@ -26,7 +26,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from vllm_bebop.families import PER_EXPERT, STACKED, recognise
-from vllm_bebop.head_checks import is_quantised
+from vllm_bebop.head_checks import CACHE_SCALES, is_quantised
 from vllm_bebop.tensor_files import TensorEntry, list_tensors, read_tensors
 from vllm_bebop.train.chain_attention import CHAIN_ATTENTION, Packing, StepKeys
 
@@ -278,12 +278,13 @@ def _undo_final_norm(head: MTPHead, weight: Tensor) -> Tensor:
 
 
 def _stored_head(directory: Path, head: MTPHead) -> dict[str, TensorEntry]:
-    """The head's tensors in a directory, less copies of the target's own."""
+    """The head's tensors in a directory, less copies of the target's own and scales of the KV cache."""
     entries, problems = list_tensors(directory, allow_links=True)
     if problems:
         raise ValueError(f"{directory}: {'; '.join(problems)}")
     copies = {head.prefix + name for name in head.family.copies}
-    return {name: entry for name, entry in entries.items() if name.startswith(head.prefix) and name not in copies}
+    names = {name for name in entries if name.startswith(head.prefix) and not name.endswith(CACHE_SCALES)} - copies
+    return {name: entry for name, entry in entries.items() if name in names}
 
 
 def _fill(head: MTPHead, directory: str | Path, stored: Mapping[str, TensorEntry]) -> None:
