@@ -6,9 +6,11 @@ The harness of `bebop bench` on the real engine, one domain of even and one of u
 import json
 
 import pytest
+import torch
 
-from tests.support.engines import ROOT, TINY_MODEL
-from vllm_bebop.bench import acceptance
+from tests.support.engines import ROOT, SHARED_GPU, TINY_MODEL
+from vllm_bebop.bench import acceptance, measure
+from vllm_bebop.train import target
 
 METHODS = ("stock_greedy", "bebop_target_only", "bebop_rejection", "bebop_block")
 
@@ -41,3 +43,14 @@ def test_rejection_sampling_accepts_more_than_the_stock_greedy_draft(cells):
         for domain in ("prose", "math")
     }
     assert gains["prose"] > 0.2 and sum(gains.values()) > 0.2, gains
+
+
+def test_expectation_is_computed_in_the_dtype_served(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    options = {"methods": ("bebop_rejection",), "gammas": (1,), "temperatures": (1.0,), "max_tokens": 4}
+    sweep = acceptance.Sweep(str(TINY_MODEL), {"ids": [[5, 6, 7]]}, engine=SHARED_GPU | {"dtype": "float16"}, **options)
+    loaded, load = [], target.load_target
+    monkeypatch.setattr(target, "load_target", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    (job,) = sweep.jobs()
+    assert len(list(measure._expect(job, list(measure._serve(job))))) == 1
+    assert [model.dtype for model in loaded] == [torch.float16]

@@ -22,6 +22,7 @@ from vllm_bebop.bench.rounds import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM
 
 
@@ -100,6 +101,7 @@ class _Served:
     temperature: float
     generations: list[Generation]
     wall_s: float
+    dtype: torch.dtype  # that the engine computes in
 
 
 def measure(job: Job, results: Connection, log_path: str) -> None:
@@ -153,7 +155,7 @@ def _serve(job: Job) -> Iterator[_Served]:
             wall_s = time.perf_counter() - started
             counted: Counters = from_llm(llm.get_metrics()) - before
             check_against_counters(generations, counted, job.num_speculative_tokens)
-            yield _Served(domain, temperature, generations, wall_s)
+            yield _Served(domain, temperature, generations, wall_s, llm.model_config.dtype)
     llm.llm_engine.engine_core.shutdown()  # frees the GPU for the expectation
 
 
@@ -190,7 +192,7 @@ def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
     from vllm_bebop.train.target import find_checkpoint, load_target
 
     directory = find_checkpoint(job.model)
-    model = load_target(directory, torch.device("cpu" if on_cpu() else "cuda"))
+    model = load_target(directory, torch.device("cpu" if on_cpu() else "cuda"), served[0].dtype)
     head = load_head(directory if job.draft is None else resolve_draft(job.draft), model)
     for cell in served:
         policy = SamplingPolicy(**job.sampling(cell.temperature))

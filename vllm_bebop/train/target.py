@@ -43,20 +43,21 @@ def find_checkpoint(model: str | Path) -> Path:
         raise CheckpointError(problem, path=model) from error
 
 
-def load_target(model: str | Path, device: torch.device) -> PreTrainedModel:
-    """The target in its own dtype (in fp32 without a GPU), without gradients.
+def load_target(model: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The target, without gradients.
 
     Weights that are stored as they are computed with stay mapped from their files until they go to a GPU.
 
     Args:
         model: a directory.
+        dtype: None is the checkpoint's own, or fp32 without a GPU.
     Raises:
         CheckpointError: a weight is missing, or of another shape: Transformers would go on with random numbers.
     """
     auto: Any = AutoModelForCausalLM  # typed as if it never returned a report
     loaded, report = auto.from_pretrained(
         model,
-        dtype="auto" if torch.cuda.is_available() else torch.float32,
+        dtype=dtype or ("auto" if torch.cuda.is_available() else torch.float32),
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, which is refused here
