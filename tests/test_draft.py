@@ -410,13 +410,14 @@ def test_resolve_draft(tmp_path, monkeypatch):
     assert resolve_draft(directory) == directory
     asked: dict[str, object] = {}
 
-    def download(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, allow_patterns=allow_patterns)
+    def download(name, **options):
+        asked.update(name=name, **options)
         return str(directory)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve_draft("org/head", "v1") == directory
-    assert asked == {"name": "org/head", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert resolve_draft("org/head", "v1", "/disk") == directory
+    patterns = ["*.json", "*.safetensors"]
+    assert asked == {"name": "org/head", "revision": "v1", "cache_dir": "/disk", "allow_patterns": patterns}
     shutil.copytree(directory, tmp_path / "dspark")
     with pytest.raises(DraftError, match="'dspark'"):
         resolve_draft(tmp_path / "dspark")

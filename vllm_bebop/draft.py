@@ -283,9 +283,11 @@ def refuse_quantised_head(draft: Draft, target_config: Config) -> None:
         raise DraftError(problem, path=draft.path)
 
 
-def resolve_draft(name_or_path: str | Path, revision: str | None = None) -> Path:
+def resolve_draft(name_or_path: str | Path, revision: str | None = None, download_dir: str | None = None) -> Path:
     """The draft's directory: `name_or_path` itself if it exists, else the Hub repository of that name, downloaded.
 
+    Args:
+        download_dir: the Hub cache to use, where vLLM will look for the weights; None: the usual one.
     Raises:
         DraftError: neither, or vLLM would misread the resulting path.
     """
@@ -295,7 +297,10 @@ def resolve_draft(name_or_path: str | Path, revision: str | None = None) -> Path
 
         patterns = ["*.json", "*.safetensors"]
         try:
-            path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+            found = snapshot_download(
+                str(name_or_path), revision=revision, cache_dir=download_dir, allow_patterns=patterns
+            )
+            path = Path(found)
         except Exception as error:  # not found, gated, offline, malformed: the Hub's own message says which
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             problem = f"neither an existing directory nor a Hub repository that can be fetched ({reason})"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,9 +43,21 @@ def test_draft_directory_is_handed_on(draft):
 
 def test_hub_draft_is_handed_on_by_its_name(draft, monkeypatch):
     """Other nodes download it themselves: this one's cache is not theirs."""
-    monkeypatch.setattr("vllm_bebop.draft.resolve_draft", lambda name, revision: draft)
+    monkeypatch.setattr("vllm_bebop.draft.resolve_draft", lambda name, revision, download_dir: draft)
     handed_on = _taken_in(BEBOP | {"model": "org/head", "revision": "v1"}).speculative_config
     assert (handed_on["model"], handed_on["revision"]) == ("org/head", "v1")
+
+
+def test_hub_draft_is_looked_for_where_vllm_keeps_weights(draft, tmp_path):
+    """A cache of the Hub's own form; the usual one, which may be on a small disk, has nothing of it."""
+    repository = tmp_path / "models--org--head"
+    shutil.copytree(draft, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    asked = BEBOP | {"model": "org/head"}
+    with pytest.raises(DraftError, match="org/head: neither an existing directory nor a Hub repository"):
+        _taken_in(asked)
+    assert _taken_in(asked, load_options={"download_dir": str(tmp_path)}).speculative_config["model"] == "org/head"
 
 
 @pytest.mark.parametrize("name", [str(TINY_MODEL), str(TINY_MODEL / ".." / TINY_MODEL.name)])
@@ -85,7 +98,7 @@ def test_another_revision_without_a_model_is_refused():
 
 
 def test_another_revision_of_the_target_is_a_draft(monkeypatch):
-    def not_found(name, revision):
+    def not_found(name, revision, download_dir):
         raise DraftError(f"looked for {revision}")
 
     monkeypatch.setattr("vllm_bebop.draft.resolve_draft", not_found)

@@ -95,7 +95,7 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     if translation.draft is None:
         _check_own_head(translation, model_config)
     else:
-        _check_draft(translation, model_config, parallel_config)
+        _check_draft(translation, model_config, parallel_config, args.download_dir)
     # As the target is loaded, but for the format, and for options that only concern that.
     load_config = dataclasses.asdict(args.create_load_config())
     load_config |= {"load_format": "bebop", "model_loader_extra_config": {}}
@@ -186,7 +186,7 @@ def _check_own_head(translation: Translation, model_config: Any) -> None:
         drafts.inspect_checkpoint_head(model_config.model)
 
 
-def _check_draft(translation: Translation, model_config: Any, parallel_config: Any) -> None:
+def _check_draft(translation: Translation, model_config: Any, parallel_config: Any, download_dir: str | None) -> None:
     """Refuse an unusable draft before any model loads."""
     from vllm_bebop import draft as drafts
 
@@ -197,7 +197,7 @@ def _check_draft(translation: Translation, model_config: Any, parallel_config: A
         )
     target_config = model_config.hf_config.to_dict()
     assert translation.draft is not None
-    path = drafts.resolve_draft(translation.draft, translation.revision)
+    path = drafts.resolve_draft(translation.draft, translation.revision, download_dir)
     draft = drafts.read_draft(path, target_config, target_dir=model_config.model)
     drafts.refuse_quantised_head(draft, target_config)
     for warning in draft.warnings:
