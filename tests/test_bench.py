@@ -29,6 +29,7 @@ from vllm_bebop.bench.rounds import (
 )
 from vllm_bebop.bench.server import Server, ServerError, wait_until_ready
 from vllm_bebop.cli import app
+from vllm_bebop.tensor_files import CheckpointError
 
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -330,6 +331,20 @@ def test_draft_sampling_is_filtered_by_bebop_only() -> None:
     stock, bebop = sweep(top_p=0.9).jobs()
     assert stock.draft_sampling(0.7) == {"temperature": 0.7}
     assert bebop.draft_sampling(0.7) == {"temperature": 0.7, "top_p": 0.9}
+
+
+def test_expectation_reads_the_checkpoint_that_the_engine_serves(monkeypatch) -> None:
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options.get("revision"), options.get("cache_dir")))
+        raise OSError("offline")
+
+    monkeypatch.setattr("vllm_bebop.train.target.snapshot_download", download)
+    for engine in ({}, {"revision": "v2", "download_dir": "/disk"}):
+        with pytest.raises(CheckpointError, match="some/model.*offline"):
+            next(measure._expect(sweep(engine=engine).jobs()[0], []))
+    assert asked == [("some/model", None, None), ("some/model", "v2", "/disk")]
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,10 @@ def _expect(job: Job, served: list[_Served]) -> Iterator[list[Any]]:
     from vllm_bebop.train.losses import SamplingPolicy
     from vllm_bebop.train.target import find_checkpoint, load_target
 
-    directory = find_checkpoint(job.model)
+    download_dir = job.engine.get("download_dir")
+    directory = find_checkpoint(job.model, job.engine.get("revision"), download_dir)
     model = load_target(directory, torch.device("cpu" if on_cpu() else "cuda"), served[0].dtype)
-    head = load_head(directory if job.draft is None else resolve_draft(job.draft), model)
+    head = load_head(directory if job.draft is None else resolve_draft(job.draft, None, download_dir), model)
     for cell in served:
         policy = SamplingPolicy(**job.sampling(cell.temperature))
         draft_policy = SamplingPolicy(**job.draft_sampling(cell.temperature))

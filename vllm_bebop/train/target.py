@@ -27,16 +27,20 @@ AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
 AutoModelForCausalLM.register(MiMoConfig, MiMoForCausalLM, exist_ok=True)
 
 
-def find_checkpoint(model: str | Path) -> Path:
+def find_checkpoint(model: str | Path, revision: str | None = None, download_dir: str | None = None) -> Path:
     """The target's directory: `model` itself, or the Hub repository of that name, downloaded.
 
+    Args:
+        revision: of the repository; None: its default.
+        download_dir: the Hub cache to use; None: the usual one.
     Raises:
         CheckpointError: neither.
     """
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=_UNREAD))
+        found = snapshot_download(str(model), revision=revision, cache_dir=download_dir, ignore_patterns=_UNREAD)
+        return Path(found)
     except Exception as error:  # not found, gated, offline, malformed: the Hub's own message says which
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         problem = f"neither an existing directory nor a Hub repository that can be fetched ({reason})"
