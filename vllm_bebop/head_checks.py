@@ -26,7 +26,11 @@ CACHE_SCALES = (
 # Sizes aside, what a head must share with its target to mean the same there.
 _NUMERICS = ("rms_norm_eps", "hidden_act", "rope_theta", "partial_rotary_factor")
 # Where these methods list the modules that they leave alone; others have ways of their own.
-_EXCEPTIONS = {"fp8": ("ignored_layers", "modules_to_not_convert"), "compressed-tensors": ("ignore",)}
+_EXCEPTIONS = {
+    "fp8": ("ignored_layers", "modules_to_not_convert"),
+    "compressed-tensors": ("ignore",),
+    "bitsandbytes": ("llm_int8_skip_modules",),
+}
 _LISTED = 5  # names shown before "and N more"
 
 

@@ -30,7 +30,8 @@ def _taken_in(speculative_config, config=CONFIG, pipeline_parallel_size=1, load_
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(str(TINY_MODEL), speculative_config=speculative_config, **(load_options or {}))
-    described = {"model": str(TINY_MODEL), "revision": None, "code_revision": None, "model_weights": ""} | model
+    described = {"model": str(TINY_MODEL), "revision": None, "code_revision": None, "model_weights": ""}
+    described |= {"quantization": None} | model
     model_config = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config), **described)
     parallel_config = SimpleNamespace(worker_cls="auto", pipeline_parallel_size=pipeline_parallel_size)
     intake._apply(args, translate(speculative_config, {}), model_config, parallel_config)
@@ -137,6 +138,18 @@ def test_draft_of_a_quantised_target_is_refused(draft):
     modules = [name.removesuffix(".weight") for name in head_tensor_names(TINY_MODEL, CONFIG)]
     spared = CONFIG | {"quantization_config": fp8 | {"modules_to_not_convert": modules}}
     _taken_in(BEBOP | {"model": str(draft)}, spared)
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+def test_head_that_bitsandbytes_would_pack_is_refused(draft, own_head):
+    """Its loader cannot take one, and any other stops at an assertion; a head that is spared is served."""
+    asked = BEBOP if own_head else BEBOP | {"model": str(draft)}
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    for config in (CONFIG, CONFIG | {"quantization_config": stored}):
+        with pytest.raises(BebopConfigError, match="bitsandbytes quantises .*mtp.layers.0.self_attn.o_proj.*skip_mod"):
+            _taken_in(asked, config, quantization="bitsandbytes")
+    spared = CONFIG | {"quantization_config": stored | {"llm_int8_skip_modules": ["mtp", "lm_head"]}}
+    _taken_in(asked, spared, quantization="bitsandbytes")
 
 
 def test_switch_without_effect_warns(monkeypatch):

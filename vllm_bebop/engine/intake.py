@@ -19,6 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_bebop.config import BebopConfigError, Translation, switched_on, translate
 from vllm_bebop.engine.lifeline import announce_server
 from vllm_bebop.families import recognise
+from vllm_bebop.head_checks import quantised_module
 
 logger = logging.getLogger("vllm.bebop")  # below vLLM's root logger, so that its format and level apply
 
@@ -92,6 +93,7 @@ def _apply(args: EngineArgs, translation: Translation, model_config: Any, parall
     translation = _with_absolute_path(translation)
     if translation.draft is not None and _is_the_target(translation, model_config):
         translation = dataclasses.replace(translation, draft=None)
+    _refuse_bitsandbytes(model_config)
     if translation.draft is None:
         _check_own_head(translation, model_config)
     else:
@@ -165,6 +167,19 @@ def _is_the_target(translation: Translation, model_config: Any) -> bool:
 
 def _is_targets_revision(translation: Translation, model_config: Any) -> bool:
     return translation.revision in (None, model_config.revision or "main")
+
+
+def _refuse_bitsandbytes(model_config: Any) -> None:
+    """Its weights are packed by a loader of its own, which takes no MTP head; one that it leaves alone is served."""
+    if model_config.quantization != "bitsandbytes":
+        return
+    on_loading = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    config = on_loading | model_config.hf_config.to_dict()
+    if (module := quantised_module(recognise(config), config, config)) is not None:
+        raise BebopConfigError(
+            f"bitsandbytes quantises the target, its MTP head included ({module}), and vLLM cannot load such a head: "
+            "serve an unquantised target, or one whose quantization_config names the head in llm_int8_skip_modules"
+        )
 
 
 def _check_own_head(translation: Translation, model_config: Any) -> None:
