@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5TextConfig
 
 from tests.support.parity_inputs import CONFIGS, inputs, small_head, small_target, transformers_config
-from vllm_bebop.families import PER_EXPERT, STACKED
+from vllm_bebop.families import PER_EXPERT, STACKED, FamilyError
+from vllm_bebop.tensor_files import CheckpointError
 from vllm_bebop.train.heads import MTPHead, head_tensors, initial_head, load_head, new_head
 from vllm_bebop.train.rollout import rollout, rollout_hidden_states, target_hidden_states
 
@@ -62,15 +63,15 @@ def test_head_refuses_what_it_cannot_train() -> None:
     weights = target["embed_tokens"], target["lm_head"]
     config = transformers_config("deepseek_v3")
     config.num_nextn_predict_layers = 2
-    with pytest.raises(ValueError, match="one MTP layer .* asks for 2"):
+    with pytest.raises(FamilyError, match="one MTP layer .* asks for 2"):
         MTPHead(config, *weights)
     config = transformers_config("deepseek_v3")
     config.scoring_func = "softmax"
-    with pytest.raises(ValueError, match="scoring_func is 'softmax', only 'sigmoid'"):
+    with pytest.raises(FamilyError, match="scoring_func is 'softmax', only 'sigmoid'"):
         MTPHead(config, *weights)
     config = transformers_config("mimo")
     config.model_type = "qwen2"
-    with pytest.raises(ValueError, match="no MTP head for model_type 'qwen2'; known: qwen3_next"):
+    with pytest.raises(FamilyError, match="no MTP head for model_type 'qwen2'; known: qwen3_next"):
         MTPHead(config, *weights)
 
 
@@ -102,7 +103,7 @@ def test_load_head_refuses_an_incomplete_or_foreign_head(tmp_path: Path) -> None
     }
     for message, tensors in faults.items():
         save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             load_head(tmp_path, model)
 
 
@@ -113,7 +114,7 @@ def test_initial_head_is_the_checkpoints_own_where_there_is_one(tmp_path: Path) 
     assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in own.state_dict().items())
     half = {name: tensor.contiguous() for name, tensor in head_tensors(own).items() if "eh_proj" not in name}
     save_file(half, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.eh_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.2\.eh_proj\.weight"):
         initial_head(tmp_path, model)
 
 
@@ -161,7 +162,7 @@ def test_initial_head_is_not_made_of_a_quantised_layer(tmp_path: Path) -> None:
     model = small_target("mimo")
     weight = model.model.layers[-1].self_attn.o_proj.weight
     weight.requires_grad_(False).data = weight.data.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="its last layer, .*, is quantised: give a draft"):
+    with pytest.raises(CheckpointError, match="its last layer, .*, is quantised: give a draft"):
         initial_head(tmp_path, model)
 
 

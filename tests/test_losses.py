@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_bebop.errors import UserError
 from vllm_bebop.kernels import linear_statistics
 from vllm_bebop.kernels.loss_reference import head_loss_reference
 from vllm_bebop.kernels.vocab_shard import VocabShard
@@ -353,7 +354,7 @@ def test_policy_shapes_the_teacher_and_only_temperature_the_draft() -> None:
     ],
 )
 def test_policy_refuses_what_has_no_distribution(limits, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         SamplingPolicy(**limits)
 
 

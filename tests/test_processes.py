@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny_heads import config
+from vllm_bebop.errors import UserError
+from vllm_bebop.train.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 GRADIENTS = """
@@ -100,6 +102,12 @@ def run_on_two_processes(directory: Path, script: str, argument: str | Path) -> 
     environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("vocabulary_parallel", [0, 2])
+def test_refuses_what_does_not_divide_the_processes(vocabulary_parallel: int) -> None:
+    with pytest.raises(UserError, match="does not divide the 1 processes: give a divisor"):
+        Processes.from_environment(vocabulary_parallel)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3"])

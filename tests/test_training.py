@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny_heads import CONFIGS
 from vllm_bebop.draft import DraftError, read_draft
-from vllm_bebop.tensor_files import read_json
+from vllm_bebop.families import FamilyError
+from vllm_bebop.tensor_files import CheckpointError, read_json
 from vllm_bebop.train import backbone, checkpoint
 from vllm_bebop.train import run as run_module
 from vllm_bebop.train.backbone import packed_hidden_states
@@ -234,7 +235,7 @@ def test_train_starts_from_a_draft(model, uninterrupted, tmp_path):
         torch.testing.assert_close(started[name], tensor, rtol=0, atol=1e-6)
     with pytest.raises(DraftError, match="absent: neither an existing directory"):
         train(model, tmp_path / "other", settings, start=tmp_path / "absent")
-    with pytest.raises(ValueError, match="lacks mtp"):  # no silent start from the target's last layer
+    with pytest.raises(CheckpointError, match="lacks mtp"):  # no silent start from the target's last layer
         train(model, tmp_path / "other", settings, start=model)
 
 
@@ -281,11 +282,12 @@ def test_train_refuses_a_model_without_a_trainable_head_before_it_is_read(model,
     for change, message in (
         ({"num_nextn_predict_layers": 2}, "one MTP layer can be trained, this config asks for 2"),
         ({"model_type": "qwen2"}, "no MTP head for model_type 'qwen2'"),
+        ({"model_type": "new", "architectures": ["NewForCausalLM"]}, "model_type 'new' .* has no MTP head"),
     ):
         other = tmp_path / message
         other.mkdir()
         (other / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(FamilyError, match=message):
             train_draft(other, [model / "data.jsonl"], tmp_path / "draft", SETTINGS)
 
 

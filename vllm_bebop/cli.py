@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_bebop.errors import UserError
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Lossless MTP speculative decoding for vLLM.")
 
 
@@ -82,13 +84,11 @@ def bench(
     from vllm_bebop.bench import acceptance
     from vllm_bebop.bench.conditions import device_slug
     from vllm_bebop.bench.plot import plot_acceptance
-    from vllm_bebop.bench.prompts import PromptError
-    from vllm_bebop.tensor_files import CheckpointError
 
     output = output or Path("benchmarks/results") / f"acceptance_{device_slug()}.json"
     files = _named_files(data or [])
     builtin = _words(domains) if domains is not None else () if files else ("code", "prose")
-    with _errors("bench", acceptance.BenchError, PromptError, CheckpointError, resumes=True):
+    with _errors("bench", UserError, resumes=True):
         sweep = acceptance.Sweep(
             model,
             acceptance.load_prompts(model, builtin, files, prompts, prompt_tokens, seed),
@@ -138,11 +138,9 @@ def rollout(
     strict: Annotated[bool, typer.Option("--strict", help="A bad line is an error.")] = False,
 ) -> None:
     """Generate on-policy training data with vLLM. Resumes where it stopped."""
-    from vllm_bebop.generate import RolloutError, Sampling, run
-    from vllm_bebop.tensor_files import CheckpointError
-    from vllm_bebop.train.records import DataError
+    from vllm_bebop.generate import Sampling, run
 
-    with _errors("rollout", RolloutError, DataError, CheckpointError, resumes=True):
+    with _errors("rollout", UserError, resumes=True):
         count = run(
             *(model, data, out),
             Sampling(max_tokens, temperature, top_k, top_p, min_p, samples_per_prompt, seed),
@@ -195,7 +193,7 @@ def train(
     from vllm_bebop.train.losses import SamplingPolicy
     from vllm_bebop.train.run import train_draft
 
-    with _errors("train", ValueError, OSError, resumes=True):
+    with _errors("train", UserError, OSError, resumes=True):
         draft = train_draft(
             *(model, data, out),
             Settings(
@@ -240,7 +238,7 @@ def evaluate(
     if temperature is None and (top_k, top_p, min_p) != (None, None, None):
         raise typer.BadParameter("give the whole policy, with --temperature", param_hint="--top-k, --top-p, --min-p")
     files = _named_files([entry if "=" in entry else f"{Path(entry).stem}={entry}" for entry in data])
-    with _errors("eval", ValueError, OSError):
+    with _errors("eval", UserError, OSError):
         policy = None if temperature is None else SamplingPolicy(temperature, top_k, top_p, min_p)
         results = evaluate_files(model, draft, files, steps, policy, max_documents)
         write_report(results, output)
@@ -255,9 +253,8 @@ def merge(
 ) -> None:
     """Stitch a draft into its target: a checkpoint that stock vLLM, SGLang and Transformers load."""
     from vllm_bebop import merge as merging
-    from vllm_bebop.tensor_files import CheckpointError
 
-    with _errors("merge", CheckpointError, OSError):
+    with _errors("merge", UserError, OSError):
         merged = merging.merge(model, draft, out)
     for warning in merged.warnings:
         typer.echo(f"warning: {warning}", err=True)

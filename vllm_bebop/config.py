@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_bebop.errors import UserError
+
 ACCEPTANCE_RULES = ("rejection", "block", "target_only")
 DRAFT_CACHES = ("full", "candidates")
 MAX_SPECULATIVE_TOKENS = 16  # as far as the kernels are tested
@@ -52,7 +54,7 @@ _PASSED_ON_KEYS = (
 _NOT_LOSSLESS = "is not lossless; bebop only offers modes whose output distribution is exactly the target's"
 
 
-class BebopConfigError(ValueError):
+class BebopConfigError(UserError):
     """A request that bebop refuses. The message names the key and what is accepted."""
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_bebop.errors import UserError
+
 Config = Mapping[str, Any]  # a parsed config.json
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -25,7 +27,7 @@ _COMMON_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attentio
 _TARGET_COPIES = ("lm_head.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 
-class FamilyError(ValueError):
+class FamilyError(UserError):
     """A config.json that describes no supported MTP head. The message names the key."""
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, shown_path
 from vllm_bebop.durable import write_json
+from vllm_bebop.errors import UserError
 from vllm_bebop.tensor_files import fingerprint
 from vllm_bebop.train.records import BadLines, DataError, read_lines
 from vllm_bebop.train.tokens import check_token_ids, tokenise_chat_prompt, tokenise_text
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _FORMS = ("prompt_token_ids", "messages", "prompt", "text")
 
 
-class RolloutError(ValueError):
+class RolloutError(UserError):
     """A rollout that cannot be started or continued. The message names the setting or file, and the remedy."""
 
 

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_bebop.errors import UserError
 from vllm_bebop.families import FamilyError, recognise
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _UINT64 = 2**64 - 1
 _CHUNK_ELEMENTS = 1 << 22  # bounds the int64 temporaries of a checksum to about 100 MB
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A directory that cannot be read as a checkpoint. `problems`: one sentence each, with place and remedy."""
 
     def __init__(self, *problems: str, path: str | Path | None = None):

@@ -22,6 +22,7 @@ from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, des
 from vllm_bebop.bench.measure import ENGINE_ARGUMENTS, METHODS, Job, measure
 from vllm_bebop.bench.prompts import PromptError, builtin_texts, read_jsonl, tokenise
 from vllm_bebop.durable import write_json
+from vllm_bebop.errors import UserError
 
 _LOG_TAIL_LINES = 40
 _NOTES = (
@@ -37,7 +38,7 @@ _NOTES = (
 )
 
 
-class BenchError(RuntimeError):
+class BenchError(UserError):
     """An engine failed, or a sweep asks for something that cannot be measured."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_bebop.errors import UserError
+
 BUILTIN_DOMAINS = ("code", "prose")
 Text = str | list[int]  # or token ids
 
@@ -22,7 +24,7 @@ _MIN_CHARS = 600
 _NO_LIBRARY = {"site-packages", "test", "tests", "idlelib", "turtledemo", "pydoc_data", "encodings", "lib2to3"}
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A file or domain that gives no usable prompts. The message names file and line."""
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_bebop.draft import inspect_checkpoint_head, read_draft, resolve_draft
+from vllm_bebop.errors import UserError
 from vllm_bebop.families import text_config
 from vllm_bebop.tensor_files import CONFIG_FILE, read_json
 from vllm_bebop.train.data import Documents, load_documents
@@ -66,7 +67,7 @@ Array = NDArray[np.float64]
 Columns = dict[str, tuple[Array, Array]]  # sum and total weight of each averaged quantity
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """Nothing to evaluate; the message says why."""
 
 

@@ -25,9 +25,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from vllm_bebop.families import PER_EXPERT, STACKED, recognise
+from vllm_bebop.families import PER_EXPERT, STACKED, FamilyError, recognise
 from vllm_bebop.head_checks import CACHE_SCALES, is_quantised
-from vllm_bebop.tensor_files import TensorEntry, list_tensors, read_tensors
+from vllm_bebop.tensor_files import CheckpointError, TensorEntry, list_tensors, read_tensors
 from vllm_bebop.train.chain_attention import CHAIN_ATTENTION, Packing, StepKeys
 
 
@@ -95,7 +95,7 @@ class MTPHead(nn.Module):
             the head is to be.
         dtype: of the parameters and of all that the head computes; None is the embedding's.
     Raises:
-        ValueError: no such family, more than one MTP layer, or experts that vLLM would route in another way.
+        FamilyError: no such family, more than one MTP layer, or experts that vLLM would route in another way.
     """
 
     embed_tokens: Tensor
@@ -107,15 +107,15 @@ class MTPHead(nn.Module):
         super().__init__()
         config = copy.deepcopy(config.get_text_config())
         if config.model_type not in _MODULES:
-            raise ValueError(f"no MTP head for model_type {config.model_type!r}; known: {', '.join(_MODULES)}")
+            raise FamilyError(f"no MTP head for model_type {config.model_type!r}; known: {', '.join(_MODULES)}")
         modules = _MODULES[config.model_type]
         for key, value in modules.required.items():
             if (found := getattr(config, key, None)) != value:
-                raise ValueError(f"config.json: {key} is {found!r}, only {value!r} can be trained: set it if it is so")
+                raise FamilyError(f"config.json: {key} is {found!r}, only {value!r} can be trained: set it if it is so")
         described = config.to_dict()
         self.family = recognise(described)
         if (num_layers := self.family.num_layers(described)) > 1:
-            raise ValueError(f"a head of one MTP layer can be trained, this config asks for {num_layers}")
+            raise FamilyError(f"a head of one MTP layer can be trained, this config asks for {num_layers}")
         (self.prefix,) = self.family.prefixes(described)
         self.names = modules.names
         # The MTP layer attends fully, whatever the backbone's layers do. By its number it has experts or has not: it
@@ -207,7 +207,8 @@ def new_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> MTPHea
     """An untrained head on the embedding and lm_head of `model`, on its device; `dtype` None is the embedding's.
 
     Raises:
-        ValueError: see `MTPHead`; or these weights are spread over processes (FSDP), of which a head cannot compute.
+        FamilyError: see `MTPHead`.
+        ValueError: these weights are spread over processes (FSDP), of which a head cannot compute.
     """
     embed_tokens, lm_head = (
         module.get_parameter("weight") for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -225,8 +226,8 @@ def load_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dtype 
         model: the target; gives config, embedding, lm_head and device.
         dtype: of the head; None is the embedding's.
     Raises:
-        ValueError: a file is unreadable, or a tensor quantised, missing, unknown, or of the wrong shape. vLLM itself
-            loads a head that misses `mtp.fc` or an expert without a word.
+        CheckpointError: a file is unreadable, or a tensor quantised, missing, unknown, or of the wrong shape. vLLM
+            itself loads a head that misses `mtp.fc` or an expert without a word.
     """
     head = new_head(model, dtype)
     _fill(head, directory, _stored_head(Path(directory), head))
@@ -244,7 +245,7 @@ def initial_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dty
     Args:
         directory: of the target's checkpoint.
     Raises:
-        ValueError: as `load_head`, if the checkpoint has tensors of a head; the target's last layer is quantised.
+        CheckpointError: as `load_head`, if the checkpoint has tensors of a head; the target's last layer is quantised.
     """
     head = new_head(model, dtype)
     if stored := _stored_head(Path(directory), head):
@@ -253,10 +254,11 @@ def initial_head(directory: str | Path, model: PreTrainedModel, dtype: torch.dty
     decoder = model.get_decoder()
     donor = [layer for layer in decoder.layers if hasattr(layer, "self_attn")][-1].state_dict()
     if any(tensor.dtype not in _UNQUANTISED for tensor in donor.values()):
-        raise ValueError(
-            f"{directory}: has no head, and its last layer, of which one could be made, is quantised: give a draft to "
-            "start from, or the checkpoint before quantisation"
+        problem = (
+            "has no head, and its last layer, of which one could be made, is quantised: give a draft to start from, or "
+            "the checkpoint before quantisation"
         )
+        raise CheckpointError(problem, path=directory)
     final_norm = decoder.norm.weight
     with torch.no_grad():
         for name, tensor in head.layer.state_dict().items():
@@ -281,7 +283,7 @@ def _stored_head(directory: Path, head: MTPHead) -> dict[str, TensorEntry]:
     """The head's tensors in a directory, less copies of the target's own and scales of the KV cache."""
     entries, problems = list_tensors(directory, allow_links=True)
     if problems:
-        raise ValueError(f"{directory}: {'; '.join(problems)}")
+        raise CheckpointError(*problems, path=directory)
     copies = {head.prefix + name for name in head.family.copies}
     names = {name for name in entries if name.startswith(head.prefix) and not name.endswith(CACHE_SCALES)} - copies
     return {name: entry for name, entry in entries.items() if name in names}
@@ -289,14 +291,15 @@ def _stored_head(directory: Path, head: MTPHead) -> dict[str, TensorEntry]:
 
 def _fill(head: MTPHead, directory: str | Path, stored: Mapping[str, TensorEntry]) -> None:
     if is_quantised(stored):
-        raise ValueError(f"{directory}: the head is quantised: convert it to bf16, fp16 or fp32")
+        raise CheckpointError("the head is quantised: convert it to bf16, fp16 or fp32", path=directory)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in stored)
     wanted = head_tensors(head, STACKED if stacked else PER_EXPERT)
     for name, tensor in read_tensors(stored):
         place = wanted.pop(name, None)
         if place is None or place.shape != tensor.shape:
             shape = tuple(tensor.shape)
-            raise ValueError(f"{stored[name].file}: {name} of shape {shape} does not belong in this model's head")
+            problem = f"{name} of shape {shape} does not belong in this model's head"
+            raise CheckpointError(problem, path=stored[name].file)
         place.copy_(tensor)
     if wanted:
-        raise ValueError(f"{directory} lacks {', '.join(sorted(wanted))}")
+        raise CheckpointError(f"lacks {', '.join(sorted(wanted))}", path=directory)

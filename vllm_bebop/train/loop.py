@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vllm_bebop.errors import UserError
 from vllm_bebop.train import checkpoint
 from vllm_bebop.train.backbone import packed_hidden_states
 from vllm_bebop.train.data import PackedRows, Row
@@ -37,7 +38,7 @@ from vllm_bebop.train.processes import Processes
 _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """What cannot be trained; the message says which setting or update, and what to do."""
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vllm_bebop.errors import UserError
 from vllm_bebop.kernels.linear_statistics import linear_statistics
 
 LK_DECAY = 3.0  # eta of arXiv:2602.23881
@@ -33,15 +34,13 @@ class SamplingPolicy:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 1e-5:
-            raise ValueError(
-                f"temperature is {self.temperature}: a greedy policy has no distribution to learn; use > 0"
-            )
+            raise UserError(f"temperature is {self.temperature}: a greedy policy has no distribution to learn; use > 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1, or None for no limit")
+            raise UserError(f"top_k is {self.top_k}, expected at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1], or None for no limit")
+            raise UserError(f"top_p is {self.top_p}, expected a number in (0, 1], or None for no limit")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}, expected a number in [0, 1], or None for no limit")
+            raise UserError(f"min_p is {self.min_p}, expected a number in [0, 1], or None for no limit")
 
     @property
     def filters(self) -> bool:

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from vllm_bebop.errors import UserError
+
 _TIMEOUT = timedelta(hours=1)  # the others wait while the first one reads a large target from a slow disk
 
 
@@ -30,11 +32,11 @@ class Processes:
         """Join torchrun's processes, on its GPU if there is one.
 
         Raises:
-            ValueError: `vocabulary_parallel` does not divide the number of processes.
+            UserError: `vocabulary_parallel` does not divide the number of processes.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if vocabulary_parallel < 1 or count % vocabulary_parallel:
-            raise ValueError(
+            raise UserError(
                 f"vocabulary_parallel {vocabulary_parallel} does not divide the {count} processes: give a divisor"
             )
         kind, device = "cpu", torch.device("cpu")
@@ -74,13 +76,13 @@ class Processes:
         """This process's part of lm_head [vocab_size, hidden_size], a view.
 
         Raises:
-            ValueError: the vocabulary does not divide evenly.
+            UserError: the vocabulary does not divide evenly.
         """
         if self.mesh is None or self.vocabulary_group is None:
             return lm_head
         parts = self.mesh["vocabulary"].size()
         if lm_head.shape[0] % parts:
-            raise ValueError(
+            raise UserError(
                 f"a vocabulary of {lm_head.shape[0]} does not divide by vocabulary_parallel {parts}: give a divisor"
             )
         return lm_head.chunk(parts)[self.mesh["vocabulary"].get_local_rank()]
@@ -91,7 +93,7 @@ class Processes:
         The others' may be on the meta device, so that only the first process needs host memory for them.
 
         Raises:
-            ValueError: the modules differ.
+            UserError: the modules differ.
         """
         left_out = set() if leave_out is None else set(leave_out.modules())
         places: list[tuple[dict[str, Any], str]] = [
@@ -108,7 +110,7 @@ class Processes:
         dist.broadcast_object_list(firsts)
         theirs, dtypes, same_as = firsts[0]
         if ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"process {dist.get_rank()} built another {type(module).__name__} than the first: update it"
             )
         values: list[Tensor] = []

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_bebop.errors import UserError
+
 Parsed = TypeVar("Parsed")
 
 _SHOWN = 5
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A line that cannot be used, or a file without a usable one. The message says what is expected."""
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from vllm_bebop.draft import Draft, fingerprint, refuse_destination, resolve_draft
 from vllm_bebop.durable import write_json
+from vllm_bebop.families import recognise
 from vllm_bebop.tensor_files import CONFIG_FILE, read_json
 from vllm_bebop.train.data import Documents, PackedRows, load_documents
 from vllm_bebop.train.export import checkpoint_dtype, export_draft
@@ -53,12 +54,12 @@ def train_draft(
     Returns:
         The draft, on the first process; None on the others.
     Raises:
-        TrainingError, DataError, DraftError, ValueError: see there; each names what to change.
+        UserError: what cannot be trained; the message says what to change.
     """
     model, out = find_checkpoint(model), Path(out).absolute()
     run = out.with_name(out.name + ".training")
     refuse_destination(out)
-    _refuse_dtype(model)
+    _refuse_target(model)
     start = None if start is None else resolve_draft(start)
     processes = Processes.from_environment(vocabulary_parallel)
     processes.vocabulary_shard(new_head(empty_target(model)).lm_head)  # a model that cannot be trained is refused here
@@ -159,6 +160,8 @@ def _whole_head(target: PreTrainedModel, state: dict[str, Any]) -> MTPHead:
     return head
 
 
-def _refuse_dtype(model: Path) -> None:
-    if checkpoint_dtype(read_json(model / CONFIG_FILE)) is torch.float16:
+def _refuse_target(model: Path) -> None:
+    config = read_json(model / CONFIG_FILE)
+    recognise(config)  # before Transformers meets a family that it may not know either
+    if checkpoint_dtype(config) is torch.float16:
         raise TrainingError(f"{model} is in fp16, in which the loss's gradients underflow: convert it to bf16 or fp32")
