@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import ROOT, conditions
 from torch import Tensor
 
+from result_file import ROOT, conditions
 from vllm_bebop.durable import write_json
 from vllm_bebop.kernels.candidates import (
     GROUP,

@@ -27,7 +27,6 @@ from typing import Any
 
 from lost_gpu import LostGpu, start_again
 from result_file import RESULTS, ROOT, Entry, ResultFile, conditions
-
 from vllm_bebop.bench.conditions import device_slug
 
 KEY = ("batch", "num_drafts", "vocab_size")
@@ -62,9 +61,10 @@ class OutOfTime(Exception):
 
 def time(is_quick: bool, minutes: float, out: Path, is_dry_run: bool) -> list[str]:
     """Measures what is left of the sizes; returns what failed that must not."""
+    from tqdm import tqdm
+
     from kernel_implementations import OURS
     from kernel_timing import GpuTimer, HostTimer
-    from tqdm import tqdm
 
     start = clock.monotonic()
     deadline = start + 60 * minutes
@@ -218,8 +218,8 @@ def gb_s(num_bytes: int, times: Entry) -> float:
 def check(case: Any) -> None:
     """Raises WrongTokens unless drafts and output, in both forms, equal the reference's; on some of the requests."""
     import torch
-    from kernel_implementations import bebop, bebop_in_vllm
 
+    from kernel_implementations import bebop, bebop_in_vllm
     from vllm_bebop.kernels.reference import sample_reference, verify_reference
 
     batch, num_drafts, _ = case.point

@@ -28,7 +28,6 @@ from typing import Any
 
 from lost_gpu import LostGpu, raise_if_lost, start_again
 from result_file import RESULTS, ROOT, Entry, ResultFile, conditions
-
 from vllm_bebop.bench.conditions import device_slug
 from vllm_bebop.durable import write_json
 

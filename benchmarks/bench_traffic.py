@@ -95,9 +95,9 @@ def bytes_of(implementation: Any) -> tuple[int, float]:
 def traffic() -> None:
     restart_in_the_interpreter()
     import torch
+
     from kernel_cases import TEMPERATURE, TRAFFIC_POINT, make_case
     from kernel_implementations import bebop_step, vllm_v2
-
     from vllm_bebop.durable import write_json
 
     batch, num_drafts, vocab_size = TRAFFIC_POINT

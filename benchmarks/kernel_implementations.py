@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from kernel_cases import BYTES_PER_LOGIT, Case
 from torch import Tensor
+
+from kernel_cases import BYTES_PER_LOGIT, Case
 
 OURS, OURS_IN_VLLM, VLLM_V2, TORCH_COMPILE = "bebop's kernels", "bebop in vLLM", "vLLM V2", "torch.compile"
 

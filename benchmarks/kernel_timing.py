@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lost_gpu import raise_if_lost
 from torch import Tensor
+
+from lost_gpu import raise_if_lost
 
 WARM_UPS, REPEATS, LEAST_REPEATS = 3, 100, 20
 LONGEST_S = 0.5  # of one function's repeats, as far as LEAST_REPEATS allow

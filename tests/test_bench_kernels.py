@@ -4,30 +4,27 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_kernels  # noqa: E402
-import bench_loss  # noqa: E402
-import kernel_cases  # noqa: E402
-import kernel_implementations  # noqa: E402
-import kernel_timing  # noqa: E402
-import lost_gpu  # noqa: E402
-from bench_kernels import goals  # noqa: E402
-from kernel_cases import BATCHES, COMPILED, DRAFTS, DRY_RUN, GRID, QUICK, VOCAB_SIZES, Case, Point  # noqa: E402
-from kernel_implementations import OURS, OURS_IN_VLLM, TORCH_COMPILE, VLLM_V2, Implementation  # noqa: E402
-from result_file import ResultFile  # noqa: E402
+import bench_kernels
+import kernel_cases
+import kernel_implementations
+import kernel_timing
+import lost_gpu
+from bench_kernels import goals
+from kernel_cases import BATCHES, COMPILED, DRAFTS, DRY_RUN, GRID, QUICK, VOCAB_SIZES, Case, Point
+from kernel_implementations import OURS, OURS_IN_VLLM, TORCH_COMPILE, VLLM_V2, Implementation
+from result_file import ResultFile
+from tests.support.bench_case import make_case
+from vllm_bebop.bench.conditions import device_slug
 
-from vllm_bebop.bench.conditions import device_slug  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def test_grid_has_every_size_once() -> None:
@@ -118,24 +115,6 @@ def test_goals_name_the_worst_size_of_each_vocabulary() -> None:
 
 
 # --- Measuring one size -----------------------------------------------------------------------------------------------
-
-
-def make_case(point: Point, q_is_p: bool = False) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    batch, num_drafts, vocab_size = point
-    draft = torch.randn(batch, num_drafts, vocab_size, generator=generator).to(torch.bfloat16)
-    other = torch.randn(batch, num_drafts + 1, vocab_size, generator=generator).to(torch.bfloat16)
-    if q_is_p:
-        other[:, :num_drafts] = draft
-    return Case(
-        point=point,
-        draft_logits=draft,
-        target_logits=other.flatten(0, 1),
-        temperature=torch.full((batch,), 0.7),
-        seeds=torch.arange(batch),
-        positions=torch.arange(num_drafts + 1)[:, None].expand(-1, batch).contiguous(),
-        draft_tokens=torch.randint(vocab_size, (batch, num_drafts), generator=generator),
-    )
 
 
 def fake(case: Case) -> Implementation:
@@ -268,113 +247,6 @@ def test_time_parts_relates_what_moves_to_the_copy_bandwidth() -> None:
     assert result["verify"]["share_of_copy"] == round(8.0 / 100, 3) and result["total_us"] == 4.0
 
 
-# --- On a GPU ---------------------------------------------------------------------------------------------------------
-
-
-class FakeCuda:
-    """What kernel_timing calls: a run takes `run_ms`; `fails` breaks the first capture."""
-
-    def __init__(self, run_ms: float, fails: bool = False) -> None:
-        self.run_ms, self.fails, self.captures, self.replays, self.pauses = run_ms, fails, 0, 0, 0
-
-    def install(self, monkeypatch) -> None:
-        cuda = self
-
-        class Context:
-            def __init__(self, _) -> None:
-                pass
-
-            def __enter__(self) -> None:
-                pass
-
-            def __exit__(self, *_) -> None:
-                pass
-
-        class Capture(Context):
-            def __enter__(self) -> None:
-                cuda.captures += 1
-
-            def __exit__(self, *_) -> None:
-                if cuda.fails and cuda.captures == 1:
-                    raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                pass
-
-            def elapsed_time(self, _) -> float:
-                return cuda.run_ms
-
-        def replay(_) -> None:
-            cuda.replays += 1
-
-        def sleep(cycles: int) -> None:
-            cuda.pauses += 1
-
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        for name, value in {
-            "_sleep": sleep,
-            "CUDAGraph": type("CUDAGraph", (), {"replay": replay}),
-            "graph": Capture,
-            "stream": Context,
-            "current_stream": lambda: None,
-            "synchronize": lambda: None,
-            "Event": Event,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-
-@pytest.mark.parametrize("run_ms, repeats", [(0.1, 100), (10.0, 50), (1000.0, 20)])
-def test_gpu_timer_replays_a_graph_as_often_as_time_allows(monkeypatch, run_ms: float, repeats: int) -> None:
-    cuda = FakeCuda(run_ms)
-    cuda.install(monkeypatch)
-    timer = object.__new__(kernel_timing.GpuTimer)
-    timer.other = torch.zeros(4)
-    calls = []
-    assert timer(lambda: calls.append(1)) == {key: run_ms * 1e3 for key in ("median_us", "p20_us", "p80_us")}
-    assert len(calls) == kernel_timing.WARM_UPS + 1 and cuda.replays == cuda.pauses == 1 + repeats
-
-
-def test_gpu_timer_runs_without_a_graph_what_cannot_be_captured(monkeypatch) -> None:
-    cuda = FakeCuda(1000.0, fails=True)
-    cuda.install(monkeypatch)
-    timer = object.__new__(kernel_timing.GpuTimer)
-    timer.other = torch.zeros(4)
-    calls = []
-    result = timer(lambda: calls.append(1))
-    assert result["without_a_graph"] == "RuntimeError: operation not permitted when stream is capturing"
-    assert cuda.captures == 2  # the second one, empty, ends what the first left behind
-    assert cuda.replays == 0 and len(calls) == kernel_timing.WARM_UPS + 1 + 1 + kernel_timing.LEAST_REPEATS
-
-
-def test_gpu_timer_states_what_the_gpu_does_at_its_best(monkeypatch) -> None:
-    FakeCuda(0.5).install(monkeypatch)
-    monkeypatch.setattr(kernel_timing, "copied_buffers", lambda: torch.zeros(2, 1).unbind())
-    monkeypatch.setattr(kernel_timing, "WARM_S", 0.01)
-    properties = type("Properties", (), {"uuid": "12-34"})()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-
-    def answer(command: list[str], **_) -> subprocess.CompletedProcess:
-        assert command[:2] == ["nvidia-smi", "--id=GPU-12-34"]
-        return subprocess.CompletedProcess(command, 0, stdout="1980, 1980, 2619\n")
-
-    monkeypatch.setattr(subprocess, "run", answer)
-    timer = object.__new__(kernel_timing.GpuTimer)
-    timer.other = torch.zeros(4)
-    clocks = {"clocks_sm_mhz": 1980, "clocks_max_sm_mhz": 1980, "clocks_mem_mhz": 2619}
-    assert timer.state() == {"copy_gb_s": round(2 * 2**30 / 500e3, 1), "empty_graph_us": 500.0, **clocks}
-
-    def has_no_nvidia_smi(*_, **__) -> None:
-        raise FileNotFoundError("nvidia-smi")
-
-    monkeypatch.setattr(subprocess, "run", has_no_nvidia_smi)
-    assert set(timer.state()) == {"copy_gb_s", "empty_graph_us"}
-
-
 def test_compile_kernels_takes_every_kind_of_size_once(monkeypatch, capsys) -> None:
     class Pool:
         def __init__(self, workers: int, context) -> None:
@@ -408,72 +280,6 @@ def test_compile_kernels_takes_every_kind_of_size_once(monkeypatch, capsys) -> N
     assert len(sizes) == len(set(sizes)) == 3 * len(DRAFTS) * len(VOCAB_SIZES)
     assert {size.batch for size in sizes} == {1, 8, 32}
 
-
-# --- Peers ------------------------------------------------------------------------------------------------------------
-
-
-def test_plain_torch_accepts_all_drafts_from_the_target_itself() -> None:
-    case = make_case(Point(20, 3, 11), q_is_p=True)
-    implementation = kernel_implementations.plain_torch(case)
-    num_accepted, tokens = implementation.verify()
-    assert num_accepted.tolist() == [3] * 20 and tokens.min() >= 0 and tokens.max() < 11
-    assert all(drawn.shape == (20,) for drawn in implementation.draft())
-
-
-def test_plain_torch_recovers_from_the_residual() -> None:
-    case = make_case(Point(20, 2, 11))
-    case.draft_logits[:, :, 5:] = float("-inf")  # q on 0..4, p on 5..10
-    case.target_logits[:, :5] = float("-inf")
-    case.draft_tokens.remainder_(5)
-    num_accepted, tokens = kernel_implementations.plain_torch(case).verify()
-    assert num_accepted.tolist() == [0] * 20 and tokens.min() >= 5
-
-
-def test_compiled_torch_compiles_both_parts(monkeypatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function.__name__) or function)
-    accepted = kernel_implementations.compiled_torch(make_case(Point(2, 3, 11))).verify()[0]
-    assert accepted.shape == (2,) and compiled == ["draw", "accept"]
-
-
-def install_flashinfer(monkeypatch, has_seed: bool) -> None:
-    module = ModuleType("flashinfer.sampling")
-    module.softmax = lambda logits, temperature: (logits.float() / temperature[:, None]).softmax(-1)
-
-    def sampling_from_probs(probs, indices=None, seed=None, offset=None):
-        assert len(seed) == len(offset) == 1
-        return probs.argmax(-1).int()
-
-    def chain_speculative_sampling(draft_probs, draft_token_ids, target_probs, seed=None, offset=None):
-        batch, num_drafts, vocab_size = draft_probs.shape
-        assert draft_token_ids.shape == (batch, num_drafts) and draft_token_ids.dtype == torch.int32
-        assert target_probs.shape == (batch, num_drafts + 1, vocab_size)
-        for probs in (draft_probs, target_probs):
-            assert torch.allclose(probs.sum(-1), torch.ones(()))
-        recovered = torch.full((batch, num_drafts + 1), -1, dtype=torch.int32)
-        recovered[:, 0] = 7
-        return recovered, None, None
-
-    module.sampling_from_probs = sampling_from_probs if has_seed else lambda probs: None
-    module.chain_speculative_sampling = chain_speculative_sampling
-    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
-    monkeypatch.setitem(sys.modules, "flashinfer.sampling", module)
-
-
-def test_flashinfer_gets_what_its_documentation_asks_for(monkeypatch) -> None:
-    install_flashinfer(monkeypatch, has_seed=True)
-    implementation = kernel_implementations.flashinfer(make_case(Point(3, 2, 11)))
-    assert len(implementation.draft()) == 2
-    assert implementation.num_accepted(implementation.verify()).tolist() == [0, 0, 0]
-
-
-def test_flashinfer_of_an_older_version_is_left_out(monkeypatch) -> None:
-    install_flashinfer(monkeypatch, has_seed=False)
-    with pytest.raises(kernel_implementations.LeftOut, match="sampling_from_probs|lambda"):
-        kernel_implementations.flashinfer(make_case(Point(3, 2, 11)))
-
-
-# --- With the kernels, in Triton's interpreter ------------------------------------------------------------------------
 
 IN_THE_INTERPRETER = """
 import sys
@@ -542,100 +348,6 @@ def test_plot_draws_every_implementation(tmp_path: Path) -> None:
     file.save()
     assert plot(path) == tmp_path / "kernels_h100.png"
     assert (tmp_path / "kernels_h100.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("error, message", [(torch.OutOfMemoryError("x"), "out of memory"), (TypeError("y\nz"), "y")])
-def test_loss_records_what_fails(error: Exception, message: str) -> None:
-    def run(case):
-        raise error
-
-    case = {"draft_hidden": torch.zeros(1, 2, 4), "lm_head": torch.zeros(8, 4)}
-    measured = bench_loss.measure_variant("Liger (tv)", run, case)
-    assert message in measured["error"]
-    assert not bench_loss.failures([{"name": "Liger (tv)", **measured}])
-    assert bench_loss.failures([{"name": bench_loss.OURS, **measured}])
-
-
-def test_loss_says_whose_loss_is_another() -> None:
-    size = {name: bench_loss.GOAL[name] for name in bench_loss.KEY[1:]}
-    losses = {"plain torch": 0.5009, bench_loss.OURS: 0.5, "Liger (tv)": 0.502}
-    entries = [{"name": name, **size, "loss": loss} for name, loss in losses.items()]
-    entries += [{"name": "absent", **size, "error": "x"}, {"name": "alone", **size, "num_steps": 9, "loss": 0.5}]
-    bench_loss.compare_losses(entries)
-    assert [entry.get("is_same_loss") for entry in entries] == [True, True, False, None, None]
-
-
-def test_loss_goes_on_after_a_failure_of_ours(monkeypatch, tmp_path: Path) -> None:
-    def wrong(case):
-        return (case["draft_hidden"] * 0).sum()
-
-    monkeypatch.setattr(bench_loss, "our_loss", wrong)
-    monkeypatch.setattr(bench_loss, "variants", lambda: {bench_loss.OURS: wrong, "peer": bench_loss.plain_loss})
-    monkeypatch.setattr("vllm_bebop.kernels.linear_statistics.can_fuse", lambda _: False)  # put back afterwards
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for _ in range(2):
-        (failed,) = bench_loss.time(is_quick=False, minutes=1.0, out=tmp_path, is_dry_run=True)
-        assert "the gate is red" in failed
-    content = json.loads((tmp_path / "loss_cpu.json").read_text())
-    assert [(entry["name"], "error" in entry) for entry in content["entries"]] == [
-        (bench_loss.OURS, True),
-        ("peer", False),
-    ]
-    assert content["goal"]["reached"] is None
-
-
-def test_loss_goal_needs_both_time_and_memory() -> None:
-    assert bench_loss.goal([])["reached"] is None
-    size = {name: bench_loss.GOAL[name] for name in bench_loss.KEY[1:]}
-    for median, peak, reached in ((130, 1.5, True), (131, 1.0, False), (100, 1.6, False)):
-        measured = {"name": bench_loss.OURS, **size, "median_ms": median, "peak_gb": peak}
-        assert bench_loss.goal([measured])["reached"] is reached
-    assert sorted(bench_loss.TIME_SIZES) == sorted(itertools.product((2048, 4096), (151_936, 248_320), (3, 5)))
-    assert bench_loss.TIME_SIZES[0] == tuple(size.values())
-
-
-BENCH_GPU = ROOT / "scripts" / "bench_gpu.sh"
-
-
-def test_bench_gpu_names_steps_and_tests_that_exist() -> None:
-    child = subprocess.run(["bash", BENCH_GPU, "nonsense"], capture_output=True, text=True)
-    assert child.returncode == 2 and "unknown step nonsense" in child.stderr
-    script = BENCH_GPU.read_text()
-    (chosen,) = re.findall(r"-k '([^']+)'", script)
-    sources = "".join(
-        (ROOT / "tests" / f"test_kernels_{name}.py").read_text() for name in ("sampling", "verification", "loss")
-    )
-    names = re.findall(r"^def (test_\w+)", sources, re.MULTILINE)
-    for word in chosen.split(" or "):
-        assert any(word in name for name in names), word
-    ((file, left_out),) = re.findall(r"--deselect (\S+)::(\S+)", script)
-    assert f"def {left_out}(" in (ROOT / file).read_text()
-
-
-@pytest.mark.parametrize("is_quick", [True, False])
-def test_bench_gpu_runs_each_step_and_names_what_failed(tmp_path: Path, is_quick: bool) -> None:
-    """With a python that only notes what it is called with."""
-    python, notes = tmp_path / "python", tmp_path / "notes"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {notes}\ncase "$*" in *selftest*) exit 1;; esac\n')
-    python.chmod(0o755)
-    command = ["bash", str(BENCH_GPU), *(["--quick"] if is_quick else []), "--out", str(tmp_path)]
-    child = subprocess.run(
-        command, env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
-    )
-    assert child.returncode == 1 and child.stderr.strip().endswith("failed: selftest")
-    quick, minutes = (" --quick", ("3.6", "1.575")) if is_quick else ("", ("9", "9"))
-    calls = {
-        "selftest": "-m vllm_bebop.cli selftest --device cuda",
-        "tests": "-m pytest -v",
-        "kernels": f"benchmarks/bench_kernels.py time{quick} --out {tmp_path} --minutes {minutes[0]}",
-        "loss": f"benchmarks/bench_loss.py time{quick} --out {tmp_path} --minutes {minutes[1]}",
-        "races": f"benchmarks/bench_kernels.py races{quick} --out {tmp_path}",
-        "plot": "benchmarks/bench_kernels.py plot",
-    }
-    order = ["kernels", "loss", "selftest", "races", "plot"] if is_quick else list(calls)
-    made = [line for line in notes.read_text().splitlines() if not line.startswith("-c ")]
-    for step, call in zip(order, made, strict=True):
-        assert call.startswith(calls[step]), step
 
 
 def test_case_select_keeps_the_rows_of_its_requests() -> None:
