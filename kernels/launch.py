@@ -15,7 +15,7 @@ NUM_WARPS = 4
 MANY_WARPS = 8 if torch.version.hip else 16
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
-INTERPRETER_ELEMENTS = 2**19  # logits that one interpreted program reads
+INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit
 
 
 def compile_options(num_warps: int, max_registers: int | None = None) -> dict[str, int | bool]:

@@ -90,7 +90,14 @@ def plant_residual_from_p(uniform):
 
 def plant_shared_accept_noise(uniform):
     """Thinning reuses the accept uniform, which is known to be large after a rejection."""
-    return lambda seed, position, stream, index, attempt: uniform(seed, position, 2, index, 0)
+
+    from vllm_bebop.kernels import device
+
+    def shared(seed, position, stream, index, attempt):
+        numbers, same = uniform(seed, position, 2, index, 0), device.uniform(seed, position, 2, index, 0)
+        return same if len(numbers.shape) == 1 else numbers * 0 + same[:, :, None]  # for all of four draws
+
+    return shared
 
 
 def plant_biased_uniform(uniform):
@@ -105,6 +112,6 @@ def plant_biased_uniform(uniform):
 def test_planted_faults_are_caught(monkeypatch, plant) -> None:
     from vllm_bebop.kernels import device, resampling, row_decision
 
-    for module in (resampling, row_decision):
-        monkeypatch.setattr(module, "uniform", plant(device.uniform))
+    monkeypatch.setattr(resampling, "four_uniforms", plant(device.four_uniforms))
+    monkeypatch.setattr(row_decision, "uniform", plant(device.uniform))
     assert_fault_is_caught(laws, 2 * NUM_SAMPLES)
