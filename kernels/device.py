@@ -121,10 +121,10 @@ def _exp2(x):
 
 
 @triton.jit
-def in_all_lanes(x):
-    """A scalar int32, in a way that the compiler sees to be the same for all lanes: what branches on it stays together.
+def from_first_lane(x):
+    """A scalar int32 that all lanes of a program have, so that the compiler sees it too: they branch together.
 
-    Without, Triton 3.8's code for both ways is ready for lanes that part, and takes 60 registers more for that.
+    For branches around much code, which Triton 3.8 otherwise makes ready for lanes that part, with 60 registers more.
     """
     if IS_INTERPRETED or ON_AMD:
         return x
@@ -187,7 +187,7 @@ def summarize_tile(
     steepness = inverse_temperature[:, None]
     largest = _max_or_nan(_max_or_nan(values, 1), 2)
     is_plain = _is_plain(largest, steepness)
-    if in_all_lanes(tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0)) != 0:
+    if from_first_lane(tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0)) != 0:
         factor = tl.zeros_like(largest) + steepness * LOG2_E
         _store_sums(
             values, tl.zeros_like(largest), largest, factor, finite(largest) * factor, is_stored, tile * TILE,

@@ -27,14 +27,7 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import (
-    NUM_WARPS,
-    SEARCH_OPTIONS,
-    TILE,
-    compile_options,
-    partition,
-    requests_per_program,
-)
+from vllm_bebop.kernels.launch import SEARCH, TILE, partition, pass_options, requests_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
 
@@ -214,7 +207,7 @@ def sample(
             REQUESTS=per_program,
             BLOCK_STREAM=int(streams[0]),
             TOKEN_STREAM=int(streams[1]),
-            **(SEARCH_OPTIONS if filtered else compile_options(NUM_WARPS)),
+            **(SEARCH if filtered else pass_options()),
         )
 
     launch(tiles, filtered=False)

@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_bebop.kernels.device import (
     NEG_INF,
     finite,
-    in_all_lanes,
+    from_first_lane,
     is_allowed,
     merge_logsumexp,
     pick,
@@ -95,7 +95,7 @@ def find_threshold(
     threshold = tl.where(has_min_p, at_most, NEG_INF)
 
     has_top_k = mask & (top_k > 0) & (top_k < vocab_size)
-    if in_all_lanes(tl.max(has_top_k.to(tl.int32), axis=0)) > 0:
+    if from_first_lane(tl.max(has_top_k.to(tl.int32), axis=0)) > 0:
         # The k sub-blocks with the largest maxima hold k tokens at or above the k-th of these.
         ordered = largest
         if largest.shape[1] > 1:  # Triton's AMD backend cannot sort one number
@@ -113,7 +113,7 @@ def find_threshold(
     )  # fmt: skip
 
     has_top_p = mask & (top_p < 1)
-    if in_all_lanes(tl.max(has_top_p.to(tl.int32), axis=0)) > 0:
+    if from_first_lane(tl.max(has_top_p.to(tl.int32), axis=0)) > 0:
         logsumexp = finite(merge_logsumexp(block_logsumexp, ~mask))
         # Tokens below this hold less than 1 - top_p even if the whole vocabulary stood there.
         bound = (logsumexp + tl.log((1 - tl.minimum(top_p, 0.999999)) / vocab_size)) / inverse_temperature
@@ -152,11 +152,11 @@ def _largest_with(
     """
     high = tl.max(largest, axis=1)
     active = mask & (low < high)
-    while in_all_lanes(tl.max(active.to(tl.int32), axis=0)) > 0:
+    while from_first_lane(tl.max(active.to(tl.int32), axis=0)) > 0:
         middle = low + (high - low) * 0.5
         middle = tl.where(middle > low, middle, high)
         pending = active[:, None] & (largest >= low[:, None])
-        num_pending = in_all_lanes(tl.max(tl.sum(pending.to(tl.int32), axis=1), axis=0))
+        num_pending = from_first_lane(tl.max(tl.sum(pending.to(tl.int32), axis=1), axis=0))
         weight = tl.zeros([rows.shape[0], GROUP * SUB_BLOCK], tl.float32)
         above, below = weight + INF, weight + NEG_INF
         first = 0
@@ -196,7 +196,7 @@ def apply_threshold(
     has_threshold = (mask & (threshold > NEG_INF))[:, None]
     pending = has_threshold & (largest >= threshold[:, None])
     block_logsumexp = tl.where(has_threshold & ~pending, NEG_INF, block_logsumexp)
-    num_pending = in_all_lanes(tl.max(tl.sum(pending.to(tl.int32), axis=1), axis=0))
+    num_pending = from_first_lane(tl.max(tl.sum(pending.to(tl.int32), axis=1), axis=0))
     first = 0
     while first < num_pending:
         ids, here, place = _group(pending, first, vocab_size, SUB_BLOCK)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_bebop.kernels.arguments import check_contiguous, check_integers, check_tensor
 from vllm_bebop.kernels.gathering import DrawnDrafts, GatheredDrafts
+from vllm_bebop.kernels.launch import compile_options
 
 
 def gather_drafts(
@@ -75,7 +76,7 @@ def gather_drafts(
             positions,
             max_drafts,
             STEPS=triton.next_power_of_2(max(max_drafts, 1)),
-            num_warps=1,
+            **compile_options(1),
         )
     return GatheredDrafts(token_ids, num_drafts, num_scheduled, positions)
 

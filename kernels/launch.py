@@ -10,9 +10,6 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads
-NUM_WARPS = 4
-# For what needs many registers: 512 threads share them. AMD's warps are twice as wide.
-MANY_WARPS = 8 if torch.version.hip else 16
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit
@@ -29,7 +26,16 @@ def compile_options(num_warps: int, max_registers: int | None = None) -> dict[st
     return {"num_warps": num_warps, "enable_fp_fusion": False} | limit
 
 
-SEARCH_OPTIONS = compile_options(MANY_WARPS, 64)  # for a threshold; with 64 registers, two programs share a processor
+def pass_options(*, draft_rows_too: bool = False, at_once: bool = False) -> dict[str, int | bool]:
+    """Of a pass over rows, `at_once` with all that follows it."""
+    return compile_options(8 if draft_rows_too else 4, MAX_REGISTERS if at_once else None)
+
+
+# The search for a threshold: two programs of 512 threads share a processor (AMD's warps are twice as wide).
+SEARCH = compile_options(8 if torch.version.hip else 16, 64)
+RESOLUTION = compile_options(8)
+RESIDUAL = compile_options(4, MAX_REGISTERS)
+BLOCK = compile_options(8, 128)
 
 
 def is_interpreted() -> bool:

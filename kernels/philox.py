@@ -36,7 +36,7 @@ class Stream(IntEnum):
     ACCEPT = 2  # index = 0
     TARGET_BLOCK = 3
     TARGET_TOKEN = 4
-    THINNING_BLOCK = 5  # the three thinning streams also use `attempt`
+    THINNING_BLOCK = 5  # the three thinning streams count attempts
     THINNING_TOKEN = 6
     THINNING_KEEP = 7
     RESIDUAL_BLOCK = 8

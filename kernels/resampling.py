@@ -11,7 +11,7 @@ from vllm_bebop.kernels.device import (
     add_gumbel,
     finite,
     four_uniforms,
-    in_all_lanes,
+    from_first_lane,
 )
 from vllm_bebop.kernels.filtering import load_kept
 from vllm_bebop.kernels.philox import Stream
@@ -90,16 +90,13 @@ def draw_last_token(
     blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
     block_stream = tl.where(from_residual, THINNING_BLOCK, TARGET_BLOCK)[:, None]
     token_stream = tl.where(from_residual, THINNING_TOKEN, TARGET_TOKEN)[:, None]
+    num_attempts = tl.where(from_residual, NUM_THINNING_ROUNDS, 1)
     token = tl.zeros_like(rejected)
-    is_pending = in_batch
-    is_dropped = from_residual
-    num_attempts = tl.where(from_residual, NUM_THINNING_ROUNDS, 1)[:, None]
-    if NUM_THINNING_ROUNDS == 0:
-        is_pending = in_batch & ~from_residual
+    is_pending, is_dropped = in_batch & (num_attempts > 0), from_residual
     first = 0
-    while in_all_lanes(tl.max(is_pending.to(tl.int32), axis=0)) > 0:
+    while from_first_lane(tl.max(is_pending.to(tl.int32), axis=0)) > 0:
         attempts = first + tl.arange(0, 4)[None, :]
-        is_tried = is_pending[:, None] & (attempts < num_attempts)
+        is_tried = is_pending[:, None] & (attempts < num_attempts[:, None])
         noisy = add_four_gumbels(block_logsumexp[:, :, None], seed, position, block_stream, blocks, first, is_greedy)
         block = tl.argmax(noisy, axis=1)
         ids = tl.reshape(block[:, None, :] * SUB_BLOCK + places[:, :, None], [block.shape[0], 4 * SUB_BLOCK])
@@ -118,13 +115,14 @@ def draw_last_token(
         u = four_uniforms(seed[:, None], position[:, None], THINNING_KEEP, tl.zeros_like(rejected)[:, None], first)
         is_below = is_below_ratio(tl.reshape(u, [block.shape[0], 4]), log_q, log_p)
         is_kept = is_tried & ~(from_residual[:, None] & is_below)
-        # The first that is kept, or else the last.
-        chosen = tl.min(tl.where(is_kept, attempts, tl.minimum(num_attempts, first + 4) - 1), axis=1)
+        # The first that is kept, or else the last that was tried.
+        last = tl.minimum(num_attempts, first + 4)[:, None] - 1
+        chosen = tl.min(tl.where(is_kept, attempts, last), axis=1)
         is_found = tl.max(is_kept.to(tl.int32), axis=1) > 0
         token = tl.where(is_pending, tl.max(tl.where(attempts == chosen[:, None], draw, -1), axis=1), token)
-        is_dropped = tl.where(is_pending, ~is_found, is_dropped)
         first += 4
-        is_pending = is_pending & ~is_found & (first < NUM_THINNING_ROUNDS)
+        is_dropped = is_dropped & ~is_found
+        is_pending = is_pending & ~is_found & (first < num_attempts)
     return token, is_dropped
 
 
@@ -184,16 +182,16 @@ def store_residual_sums(
     """Reads one tile of R rows of p and of q and stores each sub-block's sum of max(0, p - q).
 
     sums: [R] pointers to each row's first sub-block; is_read, is_stored: [R], 0 is stored for what is not read.
-    A few sub-blocks at once, each for one warp: see `load_tile`.
+    A few sub-blocks at once, each for a warp or two: see `load_tile`.
     """
     NUM_BLOCKS: tl.constexpr = min(TILE, 4)
     WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // target_row.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, NUM_BLOCKS * SUB_BLOCK)
-    places = i // WIDTH % NUM_BLOCKS * SUB_BLOCK + i // (WIDTH * NUM_BLOCKS) * WIDTH + i % WIDTH
+    offsets = i // WIDTH % NUM_BLOCKS * SUB_BLOCK + i // (WIDTH * NUM_BLOCKS) * WIDTH + i % WIDTH
     for first in range(tile * TILE, (tile + 1) * TILE, NUM_BLOCKS):
         residual = residual_of(
             target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
-            (first * SUB_BLOCK + places)[None, :], token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
+            (first * SUB_BLOCK + offsets)[None, :], token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
             inverse_draft, vocab_size,
         )  # fmt: skip
         residual = tl.reshape(residual, [sums.shape[0], SUB_BLOCK // WIDTH, NUM_BLOCKS, WIDTH])

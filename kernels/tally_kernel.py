@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_bebop.kernels.arguments import check_tensor
+from vllm_bebop.kernels.launch import compile_options
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.tally import TOTALS
 
@@ -35,7 +36,7 @@ def tally(verification: Verification, totals: Tensor) -> None:
         num_steps - 1,
         REQUESTS=_REQUESTS,
         STEPS=triton.next_power_of_2(num_steps),
-        num_warps=4,
+        **compile_options(4),
     )
 
 

@@ -42,12 +42,13 @@ from vllm_bebop.kernels.candidates import num_candidates
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import (
-    MAX_REGISTERS,
-    NUM_WARPS,
-    SEARCH_OPTIONS,
+    BLOCK,
+    RESIDUAL,
+    RESOLUTION,
+    SEARCH,
     TILE,
-    compile_options,
     partition,
+    pass_options,
     requests_per_program,
 )
 from vllm_bebop.kernels.reference import Verification
@@ -282,20 +283,19 @@ def verify(
 
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
-    num_warps = 2 * NUM_WARPS if streams_draft_rows else NUM_WARPS
     launch(
-        tiles, max_drafts + 1, compile_options(num_warps, MAX_REGISTERS if single_launch else None),
+        tiles, max_drafts + 1, pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch),
         statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
-        launch(1, max_drafts + 1, SEARCH_OPTIONS, decision=True)
+        launch(1, max_drafts + 1, SEARCH, decision=True)
     if is_block:
-        launch(tiles, max_drafts, compile_options(8, 128), block=True, resolution=True)
+        launch(tiles, max_drafts, BLOCK, block=True, resolution=True)
         return out
     if not single_launch:
-        launch(1, 1, compile_options(8), resolution=True)
+        launch(1, 1, RESOLUTION, resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, compile_options(NUM_WARPS, 128), residual=True)
+        launch(tiles, 1, RESIDUAL, residual=True)
     return out
 
 

@@ -7,7 +7,7 @@ from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, we
 from vllm_bebop.kernels.device import (
     GREEDY_TEMPERATURE,
     NEG_INF,
-    in_all_lanes,
+    from_first_lane,
     load_statistics,
     load_tile,
     pick,
@@ -106,7 +106,7 @@ def verify_kernel(
     in_batch = request < batch
     if RESIDUAL:  # mostly there is none
         is_unresolved = tl.load(unresolved_ptr + request, mask=in_batch, other=0) != 0
-        if in_all_lanes(tl.max(is_unresolved.to(tl.int32), axis=0)) == 0:
+        if from_first_lane(tl.max(is_unresolved.to(tl.int32), axis=0)) == 0:
             return
     slot = request.to(tl.int64)
     is_request = in_batch

@@ -122,7 +122,7 @@ def test_verify_equals_reference(batch, max_drafts, vocab_size, dtype, keeps_dra
 
 
 @runs_kernels
-@pytest.mark.parametrize("thinning_rounds", [0, 1])
+@pytest.mark.parametrize("thinning_rounds", [0, 1, 6])
 @pytest.mark.parametrize("vocab_size", [100, 8192 + 17])
 def test_verify_equals_reference_when_thinning_gives_up(monkeypatch, vocab_size: int, thinning_rounds: int) -> None:
     monkeypatch.setattr(reference, "NUM_THINNING_ROUNDS", thinning_rounds)

@@ -84,9 +84,10 @@ def smallest_margin(run: Callable[[], object]) -> float:
             blocks = torch.arange(scores.shape[1], device=scores.device)
             gap(block_logsumexp + gumbel(seeds, positions, streams[0], blocks, attempt))
             block = token // width
-            ids = block[:, None] * width + torch.arange(width, device=scores.device)
             inside = scores[torch.arange(len(token), device=scores.device), block]
-            gap(inside + gumbel(seeds, positions, streams[1], ids, attempt))
+            noisy = inside + gumbel(seeds, positions, streams[1], torch.arange(width, device=scores.device), attempt)
+            assert torch.equal(noisy.argmax(dim=1), token % width), "the noise measured is not what was drawn with"
+            gap(noisy)
         return token
 
     def measured_ratio(u, log_a, log_b):
