@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stop": {"stop": ["e", "u"]},
     "stop_token_ids": {"stop_token_ids": list(range(13, 60))},
     "min_tokens": {"min_tokens": 6, "stop": ["a"]},
-    "bad_words": {"bad_words": ["bad"]},
+    "bad_words": {"bad_words": ["bu"]},
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": 1.5},
     "repetition_penalty": {"repetition_penalty": 1.5},
