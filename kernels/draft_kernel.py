@@ -85,15 +85,18 @@ def sample_kernel(
     if slots_ptr is not None:
         slot = settle(tl.load(slots_ptr + request, mask=in_batch, other=-1)).to(tl.int64)
         is_read = in_batch & (slot >= 0)
-    temperature = settle(tl.load(temperature_ptr + slot, mask=is_read, other=0.0))
     is_cached = is_read & (slot < num_cached)
-    is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
-    inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
     row = logits_ptr + request.to(tl.int64) * logits_stride
     statistics = statistics_ptr + request * num_blocks
     step = 0
     if step_ptr is not None:
         step = tl.load(step_ptr).to(tl.int64)
+
+    if not FILTERED:  # before anything waits for slot and temperature
+        logits, ids, in_row = load_tile(row, in_batch, tile * TILE, vocab_size, SUB_BLOCK, TILE)
+    temperature = settle(tl.load(temperature_ptr + slot, mask=is_read, other=0.0))
+    is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
+    inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
 
     is_drawn = in_batch
     if FILTERED:
@@ -101,12 +104,11 @@ def sample_kernel(
         is_drawn = is_read & ~is_greedy & has_filter(top_k, top_p, min_p, vocab_size)
         is_last = tl.max(is_drawn.to(tl.int32), axis=0) > 0
     else:
-        logits, ids, in_row = load_tile(row, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
         if cache_ptr is not None:
             cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
             tl.store(cached[:, None, None] + ids, logits, mask=in_row & is_cached[:, None, None])
         summarize_tile(
-            logits, ids, in_row, row, None, None, is_read, in_batch, inverse_temperature, tile, statistics, plane,
+            logits, ids, in_row, row, None, None, in_batch, in_batch, inverse_temperature, tile, statistics, plane,
             num_blocks, vocab_size, SUB_BLOCK, TILE,
         )  # fmt: skip
         is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
@@ -118,7 +120,7 @@ def sample_kernel(
         if rounds_ptr is not None:
             attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
         block_logsumexp, block_entropy, num_nan, largest = finish_statistics(
-            statistics, plane, in_batch, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS
+            statistics, plane, is_read, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS
         )
         if not FILTERED:
             tl.store(num_nan_ptr + request, tl.sum(num_nan, axis=1).to(tl.int64), mask=in_batch)

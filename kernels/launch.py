@@ -10,6 +10,7 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads
+RESIDUAL_TILE = 32  # of the residual's programs, most of which have nothing to do: fewer of them
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit

@@ -32,7 +32,7 @@ from vllm_bebop.kernels.filters import NO_FILTERS, Filters, find_threshold
 from vllm_bebop.kernels.philox import Stream, gumbel, uniform
 
 SUB_BLOCK = 512
-NUM_THINNING_ROUNDS = 8
+NUM_THINNING_ROUNDS = 32
 GREEDY_TEMPERATURE = 1e-5
 MAX_SCORE = 1e30
 NEG_INF = float("-inf")

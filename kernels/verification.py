@@ -44,6 +44,7 @@ from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import (
     BLOCK,
     RESIDUAL,
+    RESIDUAL_TILE,
     RESOLUTION,
     SEARCH,
     TILE,
@@ -216,6 +217,7 @@ def verify(
         residual: bool = False,
         block: bool = False,
         filters: Filters = filters,
+        tile: int = tile,
     ) -> None:
         verify_kernel[(num_tiles, groups, num_steps)](
             target_logits,
@@ -295,7 +297,8 @@ def verify(
     if not single_launch:
         launch(1, 1, RESOLUTION, resolution=True)
     if max_drafts > 0:
-        launch(tiles, 1, RESIDUAL, residual=True)
+        wide = min(RESIDUAL_TILE, triton.next_power_of_2(num_blocks))
+        launch(triton.cdiv(num_blocks, wide), 1, RESIDUAL, residual=True, tile=wide)
     return out
 
 

@@ -113,17 +113,9 @@ def verify_kernel(
     if slots_ptr is not None:
         slot = settle(tl.load(slots_ptr + request, mask=in_batch, other=-1)).to(tl.int64)
         is_request = in_batch & (slot >= 0)
-    num_drafts = settle(tl.load(num_drafts_ptr + request, mask=is_request, other=0)).to(tl.int32)
-    num_drafts = tl.minimum(tl.maximum(num_drafts, 0), max_drafts)
-    first_row = settle(tl.load(first_rows_ptr + request, mask=is_request, other=0)).to(tl.int64)
-    temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
-    is_greedy = temperature < GREEDY_TEMPERATURE
-    inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
-    inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
-    # A greedy request accepts iff the token is the argmax, whatever q was: q as a point mass says just that.
-    is_point_mass = is_greedy | (slot >= num_cached)
-    if one_hot_ptr is not None:
-        is_point_mass = is_point_mass | tl.load(one_hot_ptr + request, mask=in_batch, other=False)
+    num_drafts = settle(tl.load(num_drafts_ptr + request, mask=in_batch, other=0)).to(tl.int32)
+    num_drafts = tl.where(is_request, tl.minimum(tl.maximum(num_drafts, 0), max_drafts), 0)
+    first_row = settle(tl.load(first_rows_ptr + request, mask=in_batch, other=0)).to(tl.int64)
 
     # The row that this program is about: a step's row, or the request's last one.
     step = tl.zeros([REQUESTS], tl.int32) + tl.program_id(2)
@@ -154,17 +146,27 @@ def verify_kernel(
         if tl.program_id(2) >= num_rows:
             return
         is_resolver = num_rows == 0
-    if STATISTICS:
+    if STATISTICS:  # before anything waits for the temperature
         is_wanted = is_row
         if RESOLUTION:
             # Each thread would load for itself, while other programs write: from an atomic all of them get one number.
             nothing = tl.zeros([REQUESTS], tl.int32)
             first_rejected = tl.atomic_add(first_rejected_ptr + request, nothing, mask=in_batch, sem="relaxed")
             is_wanted = is_row & (step <= first_rejected)
+        logits, ids, in_row = load_tile(target_row, is_read & is_wanted, tile * TILE, vocab_size, SUB_BLOCK, TILE)
+
+    temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
+    is_greedy = temperature < GREEDY_TEMPERATURE
+    inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
+    inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
+    # A greedy request accepts iff the token is the argmax, whatever q was: q as a point mass says just that.
+    is_point_mass = is_greedy | (slot >= num_cached)
+    if one_hot_ptr is not None:
+        is_point_mass = is_point_mass | tl.load(one_hot_ptr + request, mask=in_batch, other=False)
+    if STATISTICS:
         arrival = 1 + SKIPPED
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
             arrival = 1
-            logits, ids, in_row = load_tile(target_row, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
             summarize_tile(
                 logits, ids, in_row, target_row, bitmask_ptr, bitmask_row, is_read, is_row, inverse_target, tile,
                 target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
