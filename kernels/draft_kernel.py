@@ -92,7 +92,7 @@ def sample_kernel(
     if step_ptr is not None:
         step = tl.load(step_ptr).to(tl.int64)
 
-    if not FILTERED:  # before anything waits for slot and temperature
+    if not FILTERED:  # before anything waits for slot and temperature: padding rows too, which count as empty later
         logits, ids, in_row = load_tile(row, in_batch, tile * TILE, vocab_size, SUB_BLOCK, TILE)
     temperature = settle(tl.load(temperature_ptr + slot, mask=is_read, other=0.0))
     is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached

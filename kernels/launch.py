@@ -4,6 +4,8 @@ Several requests may share a program: one on a GPU, thousands in Triton's interp
 not per element.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -16,6 +18,7 @@ MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit
 
 
+@functools.cache  # every launch asks
 def compile_options(num_warps: int, max_registers: int | None = None) -> dict[str, int | bool]:
     """How a kernel is compiled. Told its limit of registers per thread, Nvidia's assembler keeps to it without use of
     local memory where it can; on its own it sets limits that it cannot keep.
@@ -28,12 +31,12 @@ def compile_options(num_warps: int, max_registers: int | None = None) -> dict[st
 
 
 def pass_options(*, draft_rows_too: bool = False, at_once: bool = False) -> dict[str, int | bool]:
-    """Of a pass over rows, `at_once` with all that follows it."""
+    """Of a pass over rows, `at_once` with all that follows it. A second row takes as many registers again."""
     return compile_options(8 if draft_rows_too else 4, MAX_REGISTERS if at_once else None)
 
 
-# The search for a threshold: two programs of 512 threads share a processor (AMD's warps are twice as wide).
-SEARCH = compile_options(8 if torch.version.hip else 16, 64)
+# Limits are the lowest, of those that let as many programs share a processor, with which nothing goes to local memory.
+SEARCH = compile_options(8 if torch.version.hip else 16, 64)  # for a threshold; AMD's warps are twice as wide
 RESOLUTION = compile_options(8)
 RESIDUAL = compile_options(4, MAX_REGISTERS)
 BLOCK = compile_options(8, 128)

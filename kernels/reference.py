@@ -32,7 +32,7 @@ from vllm_bebop.kernels.filters import NO_FILTERS, Filters, find_threshold
 from vllm_bebop.kernels.philox import Stream, gumbel, uniform
 
 SUB_BLOCK = 512
-NUM_THINNING_ROUNDS = 32
+NUM_THINNING_ROUNDS = 32  # where p and q overlap by 0.8, one rejection in 1,300 is left after so many
 GREEDY_TEMPERATURE = 1e-5
 MAX_SCORE = 1e30
 NEG_INF = float("-inf")

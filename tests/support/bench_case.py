@@ -1,4 +1,4 @@
-"""A random case of the kernel benchmarks, on the CPU."""
+"""A random case of the kernel benchmarks, on the CPU: theirs draws its drafts with the kernels."""
 
 import torch
 
