@@ -6,7 +6,7 @@ the drafts that the case holds. What cannot be built here raises, and is left ou
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ def bebop(case: Case) -> Implementation:
 def bebop_in_vllm(case: Case) -> Implementation:
     """All that engine/runner_v2.py launches for requests with no more than a temperature.
 
-    Drafting: the position, the sampler, which copies the logits into the cache as V2's does, and the filters, since a
-    captured graph serves whoever comes. Verification: drafts are gathered from the batch's rows, two launches verify,
-    the totals are kept, and tokens counted.
+    Drafting: the sampler, which copies the logits into the cache as V2's does, and the filters, since a captured graph
+    serves whoever comes. Verification: drafts are gathered from the batch's rows, two launches and the residual's
+    verify, and the totals are kept.
     """
     return bebop_step(case, as_in_vllm=True, single_launch=False)
 
@@ -90,7 +90,8 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
                 case.draft_logits[:, i],
                 case.temperature,
                 case.seeds,
-                fed_positions[i] + 1 if as_in_vllm else case.positions[i],
+                fed_positions[i],
+                position_offset=1,
                 slots=slots,
                 filters=filters,
                 step=step,
@@ -100,7 +101,9 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
             for i, step in enumerate(steps)
         ]
 
-    def verify_drafts(token_ids: Tensor, counts: Tensor, positions: Tensor) -> Verification:
+    def verify_drafts(
+        token_ids: Tensor, counts: Tensor, positions: Tensor, num_scheduled: Tensor | None = None
+    ) -> Verification:
         return verify(
             case.target_logits,
             token_ids,
@@ -114,6 +117,7 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
             draft_logsumexp=caches["cache_logsumexp"],
             draft_argmax=caches["cache_argmax"],
             draft_threshold=caches.get("cache_threshold"),
+            num_scheduled=num_scheduled,
             single_launch=single_launch,
             workspace=verifying,
         )
@@ -122,10 +126,8 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
         if not as_in_vllm:
             return verify_drafts(case.draft_tokens, num_draft_tokens, case.positions[0])
         gathered = gather_drafts(tokens_of_rows, positions_of_rows, row_offsets, slots, num_drafts, drawn=drawn)
-        verified = verify_drafts(gathered.token_ids, gathered.num_drafts, gathered.positions)
-        verified = replace(verified, num_accepted=torch.minimum(verified.num_accepted, gathered.num_scheduled))
+        verified = verify_drafts(gathered.token_ids, gathered.num_drafts, gathered.positions, gathered.num_scheduled)
         tally(verified, totals)
-        _ = verified.num_accepted.to(torch.int32) + 1  # the number of tokens, which vLLM wants
         return verified
 
     draft()  # fills the caches

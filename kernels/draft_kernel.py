@@ -24,7 +24,7 @@ from vllm_bebop.kernels.device import (
 from vllm_bebop.kernels.filtering import find_threshold, has_filter, load_filters, load_kept_block
 
 
-@triton.jit(do_not_specialize=["num_cached", "plane", "batch"])
+@triton.jit(do_not_specialize=["position_offset", "num_cached", "plane", "batch"])
 def sample_kernel(
     logits_ptr,
     logits_stride,
@@ -33,6 +33,7 @@ def sample_kernel(
     temperature_ptr,
     seeds_ptr,
     positions_ptr,
+    position_offset,
     rounds_ptr,
     slots_ptr,
     top_k_ptr,
@@ -98,6 +99,12 @@ def sample_kernel(
     is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
     inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
 
+    seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
+    position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32) + position_offset
+    attempt = 0
+    if rounds_ptr is not None:
+        attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
+
     is_drawn = in_batch
     if FILTERED:
         top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_read)
@@ -114,11 +121,6 @@ def sample_kernel(
         is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
 
     if is_last:
-        seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
-        position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32)
-        attempt = 0
-        if rounds_ptr is not None:
-            attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
         block_logsumexp, block_entropy, num_nan, largest = finish_statistics(
             statistics, plane, is_read, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS
         )
@@ -130,21 +132,20 @@ def sample_kernel(
                 row, is_drawn, inverse_temperature, None, None, top_k, top_p, min_p, largest, block_logsumexp,
                 block_entropy, vocab_size, SUB_BLOCK,
             )  # fmt: skip
-        logsumexp = merge_logsumexp(block_logsumexp, is_greedy)
-        entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp, is_greedy)
-
+        # Under way while the token's own sub-block is drawn.
+        top_block = tl.argmax(largest, axis=1)
+        top_scores = load_kept_block(
+            row, top_block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
+        )
         blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
         noisy = add_gumbel(block_logsumexp, seed, position, BLOCK_STREAM, blocks, attempt, is_greedy)
         block = tl.argmax(noisy, axis=1)
         scores = load_kept_block(row, block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK)
         inside = tl.argmax(add_gumbel(scores, seed, position, TOKEN_STREAM, places, attempt, is_greedy), axis=1)
+        argmax_id = (top_block * SUB_BLOCK + tl.argmax(top_scores, axis=1)).to(tl.int64)
+        logsumexp = merge_logsumexp(block_logsumexp, is_greedy)
+        entropy = merge_entropy(block_logsumexp, block_entropy, logsumexp, is_greedy)
         log_prob = pick(scores, inside) - finite(logsumexp)
-
-        top_block = tl.argmax(largest, axis=1)
-        scores = load_kept_block(
-            row, top_block, is_read, inverse_temperature, None, None, threshold, vocab_size, SUB_BLOCK
-        )
-        argmax_id = (top_block * SUB_BLOCK + tl.argmax(scores, axis=1)).to(tl.int64)
 
         token = (block * SUB_BLOCK + inside).to(tl.int64)
         if ids_ptr is not None:

@@ -83,6 +83,7 @@ def sample(
     cache_token_ids: Tensor | None = None,
     cache_positions: Tensor | None = None,
     step: Tensor | None = None,
+    position_offset: int = 0,
     workspace: SamplingWorkspace | None = None,
 ) -> DraftSample:
     """Draws one token per row from softmax(logits / temperature), in one pass (arXiv:2606.12370, G).
@@ -91,7 +92,7 @@ def sample(
         logits: [B, V] bf16, fp16 or fp32, before temperature; unit stride inside a row, any stride between rows.
         temperature: [B] fp32, or [num_slots] with `slots`. Below 1e-5 is greedy: argmax, the lowest id on ties.
         seeds: [B] int64, or [num_slots] with `slots`.
-        positions: [B] int32 or int64, absolute position of the token being drawn.
+        positions: [B] int32 or int64, absolute position of the token being drawn, less position_offset.
         slots: [B] int32 or int64, where each row finds its temperature, its seed and its place in the caches. -1 marks
             a padding row of a captured batch: its logits are not read, its token is 0, its caches stay untouched.
         rounds: [B] int32 or int64, position of the first draft of each token's round, where drafts are verified as a
@@ -167,6 +168,7 @@ def sample(
             temperature,
             seeds,
             positions,
+            position_offset,
             rounds,
             slots,
             filters.top_k,

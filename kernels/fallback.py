@@ -44,11 +44,13 @@ def sample(
     cache_token_ids: Tensor | None = None,
     cache_positions: Tensor | None = None,
     step: Tensor | None = None,
+    position_offset: int = 0,
     workspace: None = None,
 ) -> DraftSample:
     """As `draft_sampling.sample` with slots. cache_logsumexp and cache_argmax, which save the kernels a pass, are left
     as they are: see `verify`."""
     del cache_logsumexp, cache_argmax, workspace
+    positions = positions.long() + position_offset
     is_real = slots >= 0
     index = slots.long().clamp(min=0)
     temperature = temperature[index]
@@ -61,7 +63,7 @@ def sample(
         logits,
         temperature,
         seeds[index],
-        positions.long(),
+        positions,
         rounds=None if rounds is None else rounds.long(),
         streams=streams,
         filters=filters.of(index),
@@ -72,7 +74,7 @@ def sample(
     for kept, values in (
         (cache_threshold, out.threshold),
         (cache_token_ids, token_ids),
-        (cache_positions, positions.long()),
+        (cache_positions, positions),
     ):
         if kept is not None:
             kept[index[is_cached], step] = values[is_cached]
@@ -98,6 +100,7 @@ def verify(
     draft_argmax: Tensor | None = None,
     draft_threshold: Tensor | None = None,
     draft_ids: Tensor | None = None,
+    num_scheduled: Tensor | None = None,
     block: bool = False,
     workspace: None = None,
 ) -> Verification:
@@ -132,4 +135,5 @@ def verify(
         bitmask=bitmask,
         filters=filters.of(index),
         draft_threshold=draft_threshold,
+        num_scheduled=None if num_scheduled is None else num_scheduled.long(),
     )

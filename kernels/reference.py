@@ -57,7 +57,8 @@ class Verification:
     """Output tokens of one verification step and per-row statistics (compute dtype, NaN where there is no row)."""
 
     token_ids: Tensor  # [B, max_drafts + 1] int64: accepted drafts, one recovered or bonus token, then -1
-    num_accepted: Tensor  # [B] int64, accepted drafts; the request outputs one token more
+    num_accepted: Tensor  # [B] int64, accepted drafts
+    num_tokens: Tensor  # [B] int32, of the output: num_accepted + 1, or num_scheduled + 1 where that is less
     target_entropy_nats: Tensor  # [B, max_drafts + 1], H(p) (Eq. 4)
     overlap: Tensor  # [B, max_drafts], sum_v min(p, q), the chance of acceptance (Eq. 2); p(y) for a one-hot draft
     draft_argmax_prob: Tensor  # [B, max_drafts], p(argmax q), the chance under target-only acceptance (Eq. 1)
@@ -172,6 +173,7 @@ def verify_reference(
     bitmask: Tensor | None = None,
     filters: Filters = NO_FILTERS,
     draft_threshold: Tensor | None = None,
+    num_scheduled: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     rule: Rule = accept_one_by_one,
 ) -> Verification:
@@ -195,6 +197,8 @@ def verify_reference(
         filters: top-k, top-p and min-p of each request, applied to p (after the bitmask).
         draft_threshold: [B, max_drafts] float: the lowest of each row's draft_logits that counts, as returned by
             `sample_reference`; -inf or None where all do.
+        num_scheduled: [B] int64, drafts behind which the row of logits counts: where one more is accepted, it is the
+            output's last token.
         dtype: compute dtype, fp32 or fp64.
         rule: `accept_one_by_one`, or `block_reference.accept_block`.
     Returns:
@@ -219,6 +223,8 @@ def verify_reference(
     filters.check(batch, device)
     if draft_threshold is not None:
         check_tensor("draft_threshold", draft_threshold, (batch, max_drafts), None, device)
+    if num_scheduled is not None:
+        check_tensor("num_scheduled", num_scheduled, (batch,), torch.int64, device)
     _check_compute_dtype(dtype)
     if ((num_draft_tokens < 0) | (num_draft_tokens > max_drafts)).any():
         raise ValueError(f"num_draft_tokens must lie in 0 .. {max_drafts}, the width of draft_token_ids")
@@ -269,12 +275,19 @@ def verify_reference(
     return Verification(
         token_ids=token_ids,
         num_accepted=num_accepted,
+        num_tokens=count_tokens(num_accepted, num_scheduled),
         target_entropy_nats=torch.where(has_row, _entropy_nats(log_p)[row], nan),
         overlap=torch.where(has_q, torch.minimum(log_p_draft, log_q).exp().sum(dim=2), nan),
         draft_argmax_prob=torch.where(has_q, log_p_draft.gather(2, argmax_q).squeeze(2).exp(), nan),
         num_nan=per_request.index_add(0, request_of_row, num_nan),
         num_empty_rows=per_request.index_add(0, request_of_row, (target.logsumexp == NEG_INF).long()),
     )
+
+
+def count_tokens(num_accepted: Tensor, num_scheduled: Tensor | None) -> Tensor:
+    """[B] int32, of the output: see `verify_reference`."""
+    counted = num_accepted if num_scheduled is None else torch.minimum(num_accepted, num_scheduled)
+    return (counted + 1).to(torch.int32)
 
 
 @dataclass(frozen=True)

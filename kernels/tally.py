@@ -42,9 +42,10 @@ def tally_reference(verification: Verification, totals: Tensor) -> None:
     overlap = verification.overlap
     has_draft = ~overlap.isnan()
     steps = torch.arange(totals.shape[1], device=totals.device)
-    is_served = has_draft[:, :1] & (steps <= verification.num_accepted[:, None])
+    num_tokens = verification.num_tokens[:, None]
+    is_served = has_draft[:, :1] & (steps < num_tokens)
     is_decided = is_served[:, :num_steps] & has_draft[:, :num_steps]
-    is_accepted = is_decided & (steps[:num_steps] < verification.num_accepted[:, None])
+    is_accepted = is_decided & (steps[:num_steps] + 1 < num_tokens)
     entropy = verification.target_entropy_nats[:, : totals.shape[1]]
     is_token = is_served[:, : entropy.shape[1]]
     values = (

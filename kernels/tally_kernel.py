@@ -9,6 +9,7 @@ from vllm_bebop.kernels.launch import compile_options
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.tally import TOTALS
 
+NUM_TOTALS = tl.constexpr(len(TOTALS))
 _REQUESTS = 128  # that the program reads at once
 
 
@@ -30,7 +31,7 @@ def tally(verification: Verification, totals: Tensor) -> None:
         verification.target_entropy_nats,
         verification.overlap,
         verification.draft_argmax_prob,
-        verification.num_accepted,
+        verification.num_tokens,
         totals,
         batch,
         num_steps - 1,
@@ -45,54 +46,51 @@ def tally_kernel(
     entropy_ptr,
     overlap_ptr,
     argmax_prob_ptr,
-    num_accepted_ptr,
+    num_tokens_ptr,
     totals_ptr,
     batch,
     max_drafts,
     REQUESTS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    steps = tl.arange(0, STEPS)
+    steps = tl.arange(0, STEPS)[None, :]
     num_steps = max_drafts + 1
-    zeros = tl.zeros([STEPS], tl.float64)
-    tokens, entropies, drafts, accepted, overlaps, argmax_probs = zeros, zeros, zeros, zeros, zeros, zeros
+    planes = tl.arange(0, 8)[None, :]  # as in TOTALS, and two of zeros
+    place = totals_ptr + planes * num_steps + tl.arange(0, STEPS)[:, None]
+    is_place = (planes < NUM_TOTALS) & (tl.arange(0, STEPS)[:, None] < num_steps)
+    totals = tl.load(place, mask=is_place, other=0.0)
     for first in range(0, batch, REQUESTS):
         request = (first + tl.arange(0, REQUESTS))[:, None]
         in_batch = request < batch
-        num_accepted = tl.load(num_accepted_ptr + request, mask=in_batch, other=-1)
+        # All loads are under way before the first is waited for.
+        num_tokens = tl.load(num_tokens_ptr + request, mask=in_batch, other=0)
         first_overlap = tl.load(overlap_ptr + request * max_drafts, mask=in_batch, other=float("nan"))
-        is_round = first_overlap == first_overlap  # not NaN
-        is_token = is_round & (steps[None, :] <= num_accepted) & (steps[None, :] < num_steps)
-        entropy = tl.load(entropy_ptr + request * num_steps + steps[None, :], mask=is_token, other=0.0)
-        draft = request * max_drafts + steps[None, :]
-        is_draft = is_token & (steps[None, :] < max_drafts)
-        overlap = tl.load(overlap_ptr + draft, mask=is_draft, other=float("nan"))
-        is_draft = is_draft & (overlap == overlap)
-        argmax_prob = tl.load(argmax_prob_ptr + draft, mask=is_draft, other=0.0)
-        is_accepted = is_draft & (steps[None, :] < num_accepted)
-        tokens += _sum(is_token)
-        entropies += _sum(entropy)
-        drafts += _sum(is_draft)
-        accepted += _sum(is_accepted)
-        overlaps += _sum(tl.where(is_draft, overlap, 0.0))
-        argmax_probs += _sum(argmax_prob)
-    _add(totals_ptr, 0, steps, num_steps, tokens)
-    _add(totals_ptr, 1, steps, num_steps, entropies)
-    _add(totals_ptr, 2, steps, num_steps, drafts)
-    _add(totals_ptr, 3, steps, num_steps, accepted)
-    _add(totals_ptr, 4, steps, num_steps, overlaps)
-    _add(totals_ptr, 5, steps, num_steps, argmax_probs)
+        is_step, draft = in_batch & (steps < max_drafts), request * max_drafts + steps
+        overlap = tl.load(overlap_ptr + draft, mask=is_step, other=float("nan"))
+        argmax_prob = tl.load(argmax_prob_ptr + draft, mask=is_step, other=0.0)
+        entropy = tl.load(entropy_ptr + request * num_steps + steps, mask=in_batch & (steps < num_steps), other=0.0)
 
-
-@triton.jit
-def _sum(values):
-    """Over requests: [R, STEPS] -> [STEPS] fp64."""
-    return tl.sum(values.to(tl.float32), axis=0).to(tl.float64)
-
-
-@triton.jit
-def _add(totals_ptr, plane, steps, num_steps, sums):
-    place = totals_ptr + plane * num_steps + steps
-    total = tl.load(place, mask=steps < num_steps) + sums
+        is_token = (first_overlap == first_overlap) & (steps < num_tokens)  # no NaN: the round has a draft
+        is_draft = is_token & (overlap == overlap)
+        is_accepted = is_draft & (steps + 1 < num_tokens)
+        nothing = tl.zeros_like(entropy)
+        found = _join_eight(
+            is_token.to(tl.float32),
+            tl.where(is_token, entropy, 0.0),
+            is_draft.to(tl.float32),
+            is_accepted.to(tl.float32),
+            tl.where(is_draft, overlap, 0.0),
+            tl.where(is_draft, argmax_prob, 0.0),
+            nothing,
+            nothing,
+        )
+        totals += tl.sum(found, axis=0).to(tl.float64)
     tl.debug_barrier()  # all warps have read what is overwritten here
-    tl.store(place, total, mask=steps < num_steps)
+    tl.store(place, totals, mask=is_place)
+
+
+@triton.jit
+def _join_eight(a, b, c, d, e, f, g, h):
+    """Eight times [R, N] as [R, N, 8]: one sum over requests for all of them."""
+    even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.join(even, odd), [a.shape[0], a.shape[1], 8])

@@ -115,6 +115,7 @@ def verify(
     draft_argmax: Tensor | None = None,
     draft_threshold: Tensor | None = None,
     draft_ids: Tensor | None = None,
+    num_scheduled: Tensor | None = None,
     block: bool = False,
     single_launch: bool = False,
     workspace: VerificationWorkspace | None = None,
@@ -146,6 +147,8 @@ def verify(
             with it draft_logsumexp is required.
         draft_ids: [B, max_drafts, C] int32 as stored by `find_candidates`: draft_logits is then [B, max_drafts, C], of
             these tokens alone, draft_argmax an index into them, and draft_logsumexp required.
+        num_scheduled: [B] int32 or int64, drafts behind which the row of logits counts, as `gather_drafts` has it: where
+            one more is accepted, it is the output's last token (num_tokens).
         block: accept drafts together instead of one by one (arXiv:2403.10444). They must have been drawn with `rounds`
             equal to `positions`. A step without a draft token and an empty target row end the block: see
             `block_reference`.
@@ -173,6 +176,8 @@ def verify(
     if first_rows is None:
         first_rows = num_draft_tokens.cumsum(0) - num_draft_tokens + torch.arange(batch, device=device)
     check_integers("first_rows", first_rows, (batch,), device)
+    if num_scheduled is not None:
+        check_integers("num_scheduled", num_scheduled, (batch,), device)
     streams_draft_rows = draft_logits is not None and draft_logsumexp is None
     if workspace is None:
         workspace = VerificationWorkspace(
@@ -192,6 +197,7 @@ def verify(
     out = Verification(
         token_ids=integers(max_drafts + 1),
         num_accepted=integers(),
+        num_tokens=torch.empty(batch, dtype=torch.int32, device=device),
         target_entropy_nats=floats(max_drafts + 1),
         overlap=floats(max_drafts),
         draft_argmax_prob=floats(max_drafts),
@@ -240,6 +246,7 @@ def verify(
             draft_token_ids,
             draft_token_ids.stride(0),
             num_draft_tokens,
+            num_scheduled,
             first_rows,
             temperature,
             seeds,
@@ -259,6 +266,7 @@ def verify(
             workspace.residual_sums,
             out.token_ids,
             out.num_accepted,
+            out.num_tokens,
             out.target_entropy_nats,
             out.overlap,
             out.draft_argmax_prob,

@@ -50,6 +50,7 @@ def verify_kernel(
     tokens_ptr,
     tokens_stride,
     num_drafts_ptr,
+    num_scheduled_ptr,
     first_rows_ptr,
     temperature_ptr,
     seeds_ptr,
@@ -69,6 +70,7 @@ def verify_kernel(
     residual_sums_ptr,
     token_ids_ptr,
     num_accepted_ptr,
+    num_tokens_ptr,
     entropy_ptr,
     overlap_ptr,
     argmax_prob_ptr,
@@ -254,7 +256,8 @@ def verify_kernel(
                 steps = tl.arange(0, PADDED_STEPS)[None, :]
                 index = request[:, None] * num_steps + steps
                 is_draft = in_batch[:, None] & (steps < num_drafts[:, None])
-                verdict = tl.load(verdicts_ptr + index, mask=is_draft, other=ACCEPTED, cache_modifier=".cg")
+                is_step = in_batch[:, None] & (steps < max_drafts)  # known sooner than which steps have a draft
+                verdict = tl.load(verdicts_ptr + index, mask=is_step, other=ACCEPTED, cache_modifier=".cg")
                 num_accepted = tl.min(tl.where(is_draft & (verdict != ACCEPTED), steps, num_drafts[:, None]), axis=1)
                 last_used = num_accepted
                 is_last = steps == num_accepted[:, None]
@@ -286,6 +289,11 @@ def verify_kernel(
             block_logsumexp = load_statistics(
                 target_statistics_ptr + row_index * num_blocks, in_batch, num_blocks, PADDED_BLOCKS, NEG_INF
             )
+            store_output(
+                request, in_batch, num_accepted, last_used, num_drafts, num_scheduled_ptr, max_drafts, tokens_ptr,
+                tokens_stride, rows_ptr, row_plane, token_ids_ptr, num_accepted_ptr, num_tokens_ptr, entropy_ptr,
+                overlap_ptr, argmax_prob_ptr, num_nan_ptr, num_empty_ptr, PADDED_STEPS,
+            )  # fmt: skip
             if BLOCK:
                 sums = load_statistics(
                     residual_sums_ptr + (request * max_drafts + num_accepted) * num_blocks, from_residual, num_blocks,
@@ -306,11 +314,7 @@ def verify_kernel(
                     SUB_BLOCK, PADDED_BLOCKS,
                 )  # fmt: skip
                 tl.store(unresolved_ptr + request, is_dropped.to(tl.int32), mask=in_batch)
-            store_output(
-                request, in_batch, token, num_accepted, last_used, num_drafts, max_drafts, tokens_ptr, tokens_stride,
-                rows_ptr, row_plane, token_ids_ptr, num_accepted_ptr, entropy_ptr, overlap_ptr, argmax_prob_ptr,
-                num_nan_ptr, num_empty_ptr, PADDED_STEPS,
-            )  # fmt: skip
+            tl.store(token_ids_ptr + row_index, token.to(tl.int64), mask=in_batch)
             if STATISTICS:
                 tl.store(first_rejected_ptr + request, tl.zeros([REQUESTS], tl.int32) + NO_REJECTION, mask=in_batch)
 

@@ -16,10 +16,10 @@ NUM_ROW_PLANES = 8
 def store_output(
     request,
     in_batch,
-    token,
     num_accepted,
     last_used,
     num_drafts,
+    num_scheduled_ptr,
     max_drafts,
     tokens_ptr,
     tokens_stride,
@@ -27,6 +27,7 @@ def store_output(
     row_plane,
     token_ids_ptr,
     num_accepted_ptr,
+    num_tokens_ptr,
     entropy_ptr,
     overlap_ptr,
     argmax_prob_ptr,
@@ -34,15 +35,19 @@ def store_output(
     num_empty_ptr,
     PADDED_STEPS: tl.constexpr,
 ):
-    """The accepted drafts and the token after them [R], and the statistics of the rows up to last_used [R]."""
+    """All but the token after the accepted ones [R]: statistics are those of the rows up to last_used [R]."""
     steps = tl.arange(0, PADDED_STEPS)[None, :]
     index = request[:, None] * (max_drafts + 1) + steps
     is_step = in_batch[:, None] & (steps <= max_drafts)
     is_accepted = in_batch[:, None] & (steps < num_accepted[:, None])
     accepted = tl.load(tokens_ptr + request[:, None] * tokens_stride + steps, mask=is_accepted, other=-1)
-    tokens = tl.where(steps == num_accepted[:, None], token[:, None].to(tl.int64), accepted.to(tl.int64))
-    tl.store(token_ids_ptr + index, tokens, mask=is_step)
+    tl.store(token_ids_ptr + index, accepted.to(tl.int64), mask=is_step & (steps != num_accepted[:, None]))
     tl.store(num_accepted_ptr + request, num_accepted.to(tl.int64), mask=in_batch)
+    num_counted = num_accepted
+    if num_scheduled_ptr is not None:
+        num_scheduled = tl.load(num_scheduled_ptr + request, mask=in_batch, other=0).to(tl.int32)
+        num_counted = tl.minimum(num_accepted, num_scheduled)
+    tl.store(num_tokens_ptr + request, num_counted + 1, mask=in_batch)
 
     is_used = in_batch[:, None] & (steps <= last_used[:, None])
     is_used_draft = is_used & (steps < num_drafts[:, None])

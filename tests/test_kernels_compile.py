@@ -47,6 +47,7 @@ INT32 = [
     "request_tickets",
     "verdicts",
     "first_rejected",
+    "num_tokens",
     "unresolved",
 ]
 BOOL = ["is_empty", "one_hot", "has_grammar"]

@@ -22,10 +22,11 @@ test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def verification(num_accepted: list[int], entropy: list, overlap: list, argmax_prob: list) -> Verification:
-    count = torch.zeros(len(num_accepted), dtype=torch.int64, device=DEVICE)
+    accepted = torch.tensor(num_accepted, device=DEVICE)
+    count = torch.zeros_like(accepted)
     tensors = (torch.tensor(rows, device=DEVICE) for rows in (entropy, overlap, argmax_prob))
     token_ids = torch.zeros(len(num_accepted), len(entropy[0]), dtype=torch.int64, device=DEVICE)
-    return Verification(token_ids, torch.tensor(num_accepted, device=DEVICE), *tensors, count, count)
+    return Verification(token_ids, accepted, (accepted + 1).int(), *tensors, count, count)
 
 
 def random_verification(batch: int, max_drafts: int, seed: int) -> Verification:

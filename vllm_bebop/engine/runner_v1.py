@@ -11,7 +11,6 @@ Upstream symbols: `SpecDecodeBaseProposer.{propose, _sample_draft_tokens, take_l
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -221,13 +220,13 @@ class BebopRejectionSampler(RejectionSampler):
             first_rows=first_rows,
             one_hot=drafts.one_hot,
             target_is_processed=True,
+            num_scheduled=drafts.num_scheduled,
             block=self.in_blocks,
             **q,
         )
-        num_accepted = torch.minimum(verification.num_accepted, drafts.num_scheduled)
-        self.backend.tally(replace(verification, num_accepted=num_accepted), self.totals)
+        self.backend.tally(verification, self.totals)
         token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
-        is_past = torch.arange(token_ids.shape[1], device=logits.device) > drafts.num_scheduled[:, None]
+        is_past = torch.arange(token_ids.shape[1], device=logits.device) >= verification.num_tokens[:, None]
         token_ids.masked_fill_(is_past, -1)  # should a dropped draft be accepted: behind it no row counts
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:

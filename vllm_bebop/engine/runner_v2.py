@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,7 @@ def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
     else:
         logits = speculator.model.compute_logits(hidden_states)
     ((name, offset),) = ((name, offset) for name, offset in DRAFT_POSITION_ARGUMENTS.items() if name in given)
-    positions, slots, step = given[name] + offset, given["idx_mapping"], given["draft_step"]
+    positions, slots, step = given[name], given["idx_mapping"], given["draft_step"]
     logits = logits.to(ours.cache.logits.dtype)  # q is what verification reads back: the logits as they are stored
     ids = None
     if ours.candidates is not None:
@@ -232,7 +232,8 @@ def _sample_draft(speculator: Any, given: Arguments) -> torch.Tensor:
         given["seeds"],
         positions,
         slots=slots,
-        rounds=positions - step if ours.in_blocks else None,
+        position_offset=offset,
+        rounds=positions + offset - step if ours.in_blocks else None,
         filters=ours.policies.filters,
         ids=ids,
         cache=ours.cache.logits,
@@ -254,15 +255,13 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     # Row i of a request holds the input token at that row: its i-th draft stands in row i + 1. With asynchronous
     # scheduling, -1 in `verify_draft_sampled` from the first draft that the scheduler has not seen to be allowed by a
     # grammar: the rows behind it carry no mask.
-    verification, num_scheduled = _verified(
+    verification = _verified(
         ours, sampler, given, logits, given["idx_mapping"], given["cu_num_logits"], given.get("verify_draft_sampled")
     )
-    # One token for each row of logits, should a dropped draft be accepted.
-    num_accepted = torch.minimum(verification.num_accepted, num_scheduled)
-    ours.backend.tally(replace(verification, num_accepted=num_accepted), ours.totals)
+    ours.backend.tally(verification, ours.totals)
     wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
-    return processed, verification.token_ids, num_accepted.to(torch.int32) + 1
+    return processed, verification.token_ids, verification.num_tokens
 
 
 def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +270,7 @@ def _sample(sampler: Any, given: Arguments) -> tuple[torch.Tensor, torch.Tensor]
     logits = _logits_to_sample(sampler, given)
     # Verification of no drafts, unless the scheduler dropped the first of some request under a grammar.
     row_offsets = torch.arange(logits.shape[0] + 1, device=logits.device)
-    verification, _ = _verified(
+    verification = _verified(
         ours, sampler, given | {"draft_sampled": given["input_ids"]}, logits, given["expanded_idx_mapping"], row_offsets
     )
     processed = _processed_logits(sampler, given, logits) if given.get("return_logprobs") else logits
@@ -286,8 +285,8 @@ def _verified(
     slots: torch.Tensor,
     row_offsets: torch.Tensor,
     cut_input_ids: torch.Tensor | None = None,
-) -> tuple[Verification, torch.Tensor]:
-    """The verification of what each request's slot drafted, and how much of it was scheduled [num_reqs]."""
+) -> Verification:
+    """The verification of what each request's slot drafted; no more tokens than it has rows of logits."""
     states = sampler.sampling_states
     kept = {}
     if ours.cache is not None:
@@ -307,7 +306,7 @@ def _verified(
         drawn=None if ours.cache is None else ours.cache.drawn,
     )
     is_raw = logits is given["logits"]
-    verification = ours.backend.verify(
+    return ours.backend.verify(
         logits,
         drafts.token_ids,
         None if ours.cache is None else ours.cache.logits,
@@ -319,11 +318,11 @@ def _verified(
         first_rows=row_offsets[:-1],
         target_is_processed=not is_raw,
         filters=ours.policies.filters if is_raw and _any_is_filtered(states, given["idx_mapping_np"]) else NO_FILTERS,
+        num_scheduled=drafts.num_scheduled,
         block=ours.in_blocks,
         workspace=ours.workspace,
         **kept,
     )
-    return verification, drafts.num_scheduled
 
 
 def _any_is_filtered(states: Any, slots: np.ndarray) -> bool:
