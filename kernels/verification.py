@@ -147,8 +147,8 @@ def verify(
             with it draft_logsumexp is required.
         draft_ids: [B, max_drafts, C] int32 as stored by `find_candidates`: draft_logits is then [B, max_drafts, C], of
             these tokens alone, draft_argmax an index into them, and draft_logsumexp required.
-        num_scheduled: [B] int32 or int64, drafts behind which the row of logits counts, as `gather_drafts` has it: where
-            one more is accepted, it is the output's last token (num_tokens).
+        num_scheduled: [B] int32 or int64, drafts behind which the row of logits counts, as `gather_drafts` returns it:
+            where one more is accepted, it is the output's last token (num_tokens).
         block: accept drafts together instead of one by one (arXiv:2403.10444). They must have been drawn with `rounds`
             equal to `positions`. A step without a draft token and an empty target row end the block: see
             `block_reference`.
