@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_bebop.kernels import reference
 
-NUM_STATISTICS = 4  # planes, see `summarize_tile`
+NUM_STATISTICS = 4  # planes, see `summarize_tiles`
 
 NEG_INF = tl.constexpr(float("-inf"))
 MAX_SCORE = tl.constexpr(reference.MAX_SCORE)
@@ -136,33 +136,41 @@ def from_first_lane(x):
 
 @triton.jit
 def load_tile(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """Logits of R rows in NUM_BLOCKS sub-blocks from the first_block-th, their ids, and which of them there are.
+    """Logits of R rows in NUM_BLOCKS sub-blocks from the first_block-th; -inf where masked or past the row's end.
 
-    rows: [R] pointers to each row's first logit. is_read: [R]. The logits are -inf where masked or past the row's end.
-    Shaped [R, PARTS * NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once. The first parts of all
-    sub-blocks come first, then the second ones: with these strides all parts of a sub-block fall to the same warp.
+    rows: [R] pointers to each row's first logit. is_read: [R]. Shaped as `tile_ids`.
+    """
+    ids, in_row = tile_ids(rows, is_read, first_block, vocab_size, SUB_BLOCK, NUM_BLOCKS)
+    return tl.load(rows[:, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
+
+
+@triton.jit
+def tile_ids(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The ids of what `load_tile` loads, and which of them there are.
+
+    Shaped [1 or R, PARTS * NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once. The first parts of
+    all sub-blocks come first, then the second ones: with these strides all parts of a sub-block fall to the same warp.
     """
     WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // rows.dtype.element_ty.primitive_bitwidth)
     part = tl.arange(0, SUB_BLOCK // WIDTH * NUM_BLOCKS)
     first_ids = (first_block + part % NUM_BLOCKS) * SUB_BLOCK + part // NUM_BLOCKS * WIDTH
     ids = (first_ids[:, None] + tl.arange(0, WIDTH)[None, :])[None, :, :]
-    in_row = is_read[:, None, None] & (ids < vocab_size)
-    logits = tl.load(rows[:, None, None] + ids, mask=in_row, other=NEG_INF, cache_modifier=".cg")
-    return logits, ids, in_row
+    return ids, is_read[:, None, None] & (ids < vocab_size)
 
 
 @triton.jit
-def summarize_tile(
+def summarize_tiles(
     logits,
-    ids,
-    in_row,
     rows,
     bitmask_ptr,
     bitmask_row,
+    copies,
+    is_copied,
     is_read,
     is_stored,
     inverse_temperature,
-    tile,
+    first_tile,
+    end_tile,
     statistics,
     plane,
     num_blocks,
@@ -170,34 +178,45 @@ def summarize_tile(
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Stores what `finish_statistics` reads of the sub-blocks of a tile that `load_tile` has loaded,
+    """Stores what `finish_statistics` reads of each sub-block of the tiles from first_tile to before end_tile,
 
         sum_v w_v,   sum_v w_v t_v,   the number of NaN,   m = max_v x_v,
         w_v = 2^t_v,   t_v = x_v c - o,   c = log2(e) / T,   o = m c rounded: one multiply-add a logit,
 
     exact but for what the rounding of o took from all of them; `finish_statistics` gives that back.
 
-    A GPU has time for a dozen instructions per logit here while the next ones arrive; hence a sub-block for a warp, and
-    another path, which reads the tile again, for what only a few rows have: NaN, and numbers too large for t_v.
+    A GPU has time for a dozen instructions per logit here while the next ones arrive; hence a sub-block for a warp, the
+    next tile under way while one is summarized, and another pass, which reads the tiles again, for what only a few rows
+    have: NaN, and numbers too large for t_v.
 
-    statistics: [R] pointers to each row's first sub-block in plane 0. bitmask_ptr, bitmask_row: words of allowed tokens
-    and each row's first one [R]; or None. is_stored: [R]; a row that is stored but not read counts as empty.
+    logits: of the first tile, from `load_tile`; rows: [R] pointers to each row's first one. statistics: [R] pointers to
+    each row's first sub-block in plane 0. bitmask_ptr, bitmask_row: words of allowed tokens and each row's first one
+    [R]; or None. copies: [R] pointers to where logits are copied, of rows that are is_copied [R]; or None. is_stored:
+    [R]; a row that is stored but not read counts as empty.
     """
-    values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, TILE)
     steepness = inverse_temperature[:, None]
-    largest = _max_or_nan(_max_or_nan(values, 1), 2)
-    is_plain = _is_plain(largest, steepness)
-    if from_first_lane(tl.min(tl.min(is_plain.to(tl.int32), axis=1), axis=0)) != 0:
+    are_plain = tl.full([rows.shape[0], TILE], 1, tl.int32)
+    for tile in range(first_tile, end_tile):
+        is_next = is_read & (tile + 1 < end_tile)
+        following = load_tile(rows, is_next, (tile + 1) * TILE, vocab_size, SUB_BLOCK, TILE)
+        ids, in_row = tile_ids(rows, is_read, tile * TILE, vocab_size, SUB_BLOCK, TILE)
+        if copies is not None:
+            tl.store(copies[:, None, None] + ids, logits, mask=in_row & is_copied[:, None, None])
+        values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, TILE)
+        largest = _max_or_nan(_max_or_nan(values, 1), 2)
+        are_plain &= _is_plain(largest, steepness).to(tl.int32)
         factor = tl.zeros_like(largest) + steepness * LOG2_E
         _store_sums(
             values, tl.zeros_like(largest), largest, factor, finite(largest) * factor, is_stored, tile * TILE,
             statistics, plane, num_blocks,
         )  # fmt: skip
-    else:
-        _summarize_with_care(
-            rows, bitmask_ptr, bitmask_row, is_read, is_stored, steepness, tile * TILE, statistics, plane, num_blocks,
-            vocab_size, SUB_BLOCK, TILE, min(TILE, 8),
-        )  # fmt: skip
+        logits = following
+    if from_first_lane(tl.min(tl.min(are_plain, axis=1), axis=0)) == 0:
+        for first in range(first_tile * TILE, end_tile * TILE, min(TILE, 8)):
+            _summarize_with_care(
+                rows, bitmask_ptr, bitmask_row, is_read, is_stored, steepness, first, statistics, plane, num_blocks,
+                vocab_size, SUB_BLOCK, min(TILE, 8),
+            )  # fmt: skip
 
 
 @triton.jit
@@ -208,29 +227,28 @@ def _summarize_with_care(
     is_read,
     is_stored,
     steepness,
-    first_block,
+    first,
     statistics,
     plane,
     num_blocks,
     vocab_size,
     SUB_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
 ):
-    """The same from the rows themselves, AT_ONCE sub-blocks at a time. Those that need no care get the same numbers."""
-    for first in range(first_block, first_block + TILE, AT_ONCE):
-        logits, ids, in_row = load_tile(rows, is_read, first, vocab_size, SUB_BLOCK, AT_ONCE)
-        values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, AT_ONCE)
-        is_plain = _is_plain(_max_or_nan(_max_or_nan(values, 1), 2), steepness)
-        num_nan = tl.sum(tl.sum((values != values).to(tl.float32), axis=1), axis=2)
-        values = to_scores(values, 1.0)
-        largest = tl.max(tl.max(values, axis=1), axis=2)
-        top = finite(to_scores(largest, steepness))
-        below = to_scores(values, steepness[:, :, None, None]) - top[:, None, :, None]
-        values = tl.where(is_plain[:, None, :, None], values, below)
-        factor = tl.where(is_plain, steepness * LOG2_E, LOG2_E)
-        offset = tl.where(is_plain, finite(largest) * factor, 0.0)
-        _store_sums(values, num_nan, largest, factor, offset, is_stored, first, statistics, plane, num_blocks)
+    """The same of NUM_BLOCKS sub-blocks, from the rows themselves. Those that need no care get the same numbers."""
+    logits = load_tile(rows, is_read, first, vocab_size, SUB_BLOCK, NUM_BLOCKS)
+    ids, in_row = tile_ids(rows, is_read, first, vocab_size, SUB_BLOCK, NUM_BLOCKS)
+    values = _by_sub_block(logits, ids, in_row, bitmask_ptr, bitmask_row, NUM_BLOCKS)
+    is_plain = _is_plain(_max_or_nan(_max_or_nan(values, 1), 2), steepness)
+    num_nan = tl.sum(tl.sum((values != values).to(tl.float32), axis=1), axis=2)
+    values = to_scores(values, 1.0)
+    largest = tl.max(tl.max(values, axis=1), axis=2)
+    top = finite(to_scores(largest, steepness))
+    below = to_scores(values, steepness[:, :, None, None]) - top[:, None, :, None]
+    values = tl.where(is_plain[:, None, :, None], values, below)
+    factor = tl.where(is_plain, steepness * LOG2_E, LOG2_E)
+    offset = tl.where(is_plain, finite(largest) * factor, 0.0)
+    _store_sums(values, num_nan, largest, factor, offset, is_stored, first, statistics, plane, num_blocks)
 
 
 @triton.jit
@@ -250,7 +268,7 @@ def _is_plain(largest, steepness):
 
 @triton.jit
 def _store_sums(values, num_nan, largest, factor, offset, is_stored, first_block, statistics, plane, num_blocks):
-    """See `summarize_tile`. values: [R, PARTS, NB, WIDTH]; num_nan, largest, factor, offset: [R, NB]."""
+    """See `summarize_tiles`. values: [R, PARTS, NB, WIDTH]; num_nan, largest, factor, offset: [R, NB]."""
     nothing = tl.zeros_like(values)  # `tl.fma` does not broadcast
     exponents = tl.fma(values, nothing + factor[:, None, :, None], nothing - offset[:, None, :, None])
     exponents = tl.maximum(exponents, -1000.0)  # weights of -inf and NaN are 0, and so is their part of the moment
@@ -294,7 +312,7 @@ def load_statistics(statistics, mask, num_blocks, PADDED_BLOCKS: tl.constexpr, o
 
 @triton.jit
 def finish_statistics(statistics, plane, mask, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS: tl.constexpr):
-    """L_j and H_j of what `summarize_tile` stored, the number of NaN and the largest logit: [R, NB] each."""
+    """L_j and H_j of what `summarize_tiles` stored, the number of NaN and the largest logit: [R, NB] each."""
     total = load_statistics(statistics, mask, num_blocks, PADDED_BLOCKS, 1.0)
     moment = load_statistics(statistics + plane, mask, num_blocks, PADDED_BLOCKS, 0.0)
     num_nan = load_statistics(statistics + 2 * plane, mask, num_blocks, PADDED_BLOCKS, 0.0)

@@ -18,13 +18,13 @@ from vllm_bebop.kernels.device import (
     merge_logsumexp,
     pick,
     settle,
-    summarize_tile,
+    summarize_tiles,
     take_ticket,
 )
 from vllm_bebop.kernels.filtering import find_threshold, has_filter, load_filters, load_kept_block
 
 
-@triton.jit(do_not_specialize=["position_offset", "num_cached", "plane", "batch"])
+@triton.jit(do_not_specialize=["position_offset", "num_cached", "plane", "batch", "tiles_per_program"])
 def sample_kernel(
     logits_ptr,
     logits_stride,
@@ -68,6 +68,7 @@ def sample_kernel(
     batch,
     vocab_size,
     num_blocks,
+    tiles_per_program,
     FILTERED: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -76,8 +77,8 @@ def sample_kernel(
     BLOCK_STREAM: tl.constexpr,
     TOKEN_STREAM: tl.constexpr,
 ):
-    """Grid (tiles, groups of REQUESTS requests); one tile with FILTERED, which is the second launch."""
-    tile = tl.program_id(0)
+    """Grid (tiles, tiles_per_program each, groups of REQUESTS requests); one with FILTERED, the second launch."""
+    first_tile = tl.program_id(0) * tiles_per_program
     group = tl.program_id(1)
     request = group * REQUESTS + tl.arange(0, REQUESTS)
     in_batch = request < batch
@@ -94,7 +95,7 @@ def sample_kernel(
         step = tl.load(step_ptr).to(tl.int64)
 
     if not FILTERED:  # before anything waits for slot and temperature: padding rows too, which count as empty later
-        logits, ids, in_row = load_tile(row, in_batch, tile * TILE, vocab_size, SUB_BLOCK, TILE)
+        logits = load_tile(row, in_batch, first_tile * TILE, vocab_size, SUB_BLOCK, TILE)
     temperature = settle(tl.load(temperature_ptr + slot, mask=is_read, other=0.0))
     is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
     inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
@@ -111,12 +112,13 @@ def sample_kernel(
         is_drawn = is_read & ~is_greedy & has_filter(top_k, top_p, min_p, vocab_size)
         is_last = tl.max(is_drawn.to(tl.int32), axis=0) > 0
     else:
+        cached = None
         if cache_ptr is not None:
             cached = cache_ptr + slot * cache_slot_stride + step * cache_step_stride
-            tl.store(cached[:, None, None] + ids, logits, mask=in_row & is_cached[:, None, None])
-        summarize_tile(
-            logits, ids, in_row, row, None, None, in_batch, in_batch, inverse_temperature, tile, statistics, plane,
-            num_blocks, vocab_size, SUB_BLOCK, TILE,
+        end_tile = tl.minimum(first_tile + tiles_per_program, tl.cdiv(num_blocks, TILE))
+        summarize_tiles(
+            logits, row, None, None, cached, is_cached, in_batch, in_batch, inverse_temperature, first_tile, end_tile,
+            statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
         )  # fmt: skip
         is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
 

@@ -27,7 +27,7 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import SEARCH, TILE, partition, pass_options, requests_per_program
+from vllm_bebop.kernels.launch import SEARCH, TILE, partition, pass_options, requests_per_program, tiles_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
 
@@ -157,10 +157,11 @@ def sample(
     tile = min(TILE, triton.next_power_of_2(num_blocks))
     per_program = requests_per_program(batch, tile * sub_block)
     cache_strides = (0, 0) if cache is None else cache.stride()[:2]
-    tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
+    num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
+    tiles_at_once = tiles_per_program(num_tiles, batch)
 
-    def launch(num_tiles: int, *, filtered: bool) -> None:
-        sample_kernel[(num_tiles, groups)](
+    def launch(programs_per_row: int, *, filtered: bool) -> None:
+        sample_kernel[(programs_per_row, groups)](
             logits,
             logits.stride(0),
             ids,
@@ -202,6 +203,7 @@ def sample(
             batch,
             vocab_size,
             num_blocks,
+            tiles_at_once,
             FILTERED=filtered,
             SUB_BLOCK=sub_block,
             TILE=tile,
@@ -212,7 +214,7 @@ def sample(
             **(SEARCH if filtered else pass_options()),
         )
 
-    launch(tiles, filtered=False)
+    launch(triton.cdiv(num_tiles, tiles_at_once), filtered=False)
     if filters.are_asked_for:
         launch(1, filtered=True)
     return out

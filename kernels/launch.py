@@ -11,7 +11,8 @@ import triton
 
 from vllm_bebop.kernels import device, reference
 
-TILE = 16  # sub-blocks that one program reads
+TILE = 16  # sub-blocks that one program reads at once
+ENOUGH_PROGRAMS = 1200  # for all processors of a GPU: with more rows, a program reads several tiles
 RESIDUAL_TILE = 32  # of the residual's programs, most of which have nothing to do: fewer of them
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
@@ -51,6 +52,15 @@ def partition(vocab_size: int) -> tuple[int, int]:
     """Width and number of sub-blocks, as in the reference; a single small one is padded to a power of two."""
     width = min(reference.SUB_BLOCK, triton.next_power_of_2(vocab_size))
     return width, triton.cdiv(vocab_size, width)
+
+
+def tiles_per_program(num_tiles: int, num_rows: int) -> int:
+    """How many tiles of a row one program reads, one after the other; results do not depend on it.
+
+    As few as keep a GPU busy, or else as many as save each program its beginning and its end.
+    """
+    programs_per_row = triton.cdiv(num_tiles, min(num_tiles, max(1, num_tiles * num_rows // ENOUGH_PROGRAMS)))
+    return triton.cdiv(num_tiles, programs_per_row)
 
 
 def requests_per_program(batch: int, tile_size: int) -> int:

@@ -51,6 +51,7 @@ from vllm_bebop.kernels.launch import (
     partition,
     pass_options,
     requests_per_program,
+    tiles_per_program,
 )
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
@@ -210,10 +211,11 @@ def verify(
     sub_block, num_blocks = partition(vocab_size)
     tile = min(TILE, triton.next_power_of_2(num_blocks))
     per_program = requests_per_program(batch, tile * sub_block)
-    tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
+    num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
+    tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1))
 
     def launch(
-        num_tiles: int,
+        programs_per_row: int,
         num_steps: int,
         compiled_with: dict[str, int | bool],
         *,
@@ -225,7 +227,7 @@ def verify(
         filters: Filters = filters,
         tile: int = tile,
     ) -> None:
-        verify_kernel[(num_tiles, groups, num_steps)](
+        verify_kernel[(programs_per_row, groups, num_steps)](
             target_logits,
             target_logits.stride(0),
             target_logits.shape[0],
@@ -276,6 +278,7 @@ def verify(
             max_drafts,
             vocab_size,
             num_blocks,
+            tiles_at_once,
             STATISTICS=statistics,
             DECISION=decision,
             RESOLUTION=resolution,
@@ -294,13 +297,13 @@ def verify(
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
     launch(
-        tiles, max_drafts + 1, pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch),
-        statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
+        triton.cdiv(num_tiles, tiles_at_once), max_drafts + 1,
+        pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch), statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
     )  # fmt: skip
     if filters.are_asked_for:
         launch(1, max_drafts + 1, SEARCH, decision=True)
     if is_block:
-        launch(tiles, max_drafts, BLOCK, block=True, resolution=True)
+        launch(num_tiles, max_drafts, BLOCK, block=True, resolution=True)
         return out
     if not single_launch:
         launch(1, 1, RESOLUTION, resolution=True)

@@ -12,7 +12,7 @@ from vllm_bebop.kernels.device import (
     load_tile,
     pick,
     settle,
-    summarize_tile,
+    summarize_tiles,
     take_ticket,
 )
 from vllm_bebop.kernels.filtering import has_filter, load_filters
@@ -25,7 +25,9 @@ SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did n
 
 
 @triton.jit(
-    do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"],
+    do_not_specialize=[
+        *("num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch", "tiles_per_program"),
+    ],
     do_not_specialize_on_alignment=["slots_ptr"],  # vLLM may hand over a part of a batch
 )
 def verify_kernel(
@@ -80,6 +82,7 @@ def verify_kernel(
     max_drafts,
     vocab_size,
     num_blocks,
+    tiles_per_program,
     STATISTICS: tl.constexpr,
     DECISION: tl.constexpr,
     RESOLUTION: tl.constexpr,
@@ -155,7 +158,9 @@ def verify_kernel(
             nothing = tl.zeros([REQUESTS], tl.int32)
             first_rejected = tl.atomic_add(first_rejected_ptr + request, nothing, mask=in_batch, sem="relaxed")
             is_wanted = is_row & (step <= first_rejected)
-        logits, ids, in_row = load_tile(target_row, is_read & is_wanted, tile * TILE, vocab_size, SUB_BLOCK, TILE)
+        first_tile = tl.program_id(0) * tiles_per_program
+        end_tile = tl.minimum(first_tile + tiles_per_program, tl.cdiv(num_blocks, TILE))
+        logits = load_tile(target_row, is_read & is_wanted, first_tile * TILE, vocab_size, SUB_BLOCK, TILE)
 
     temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
     is_greedy = temperature < GREEDY_TEMPERATURE
@@ -169,16 +174,17 @@ def verify_kernel(
         arrival = 1 + SKIPPED
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
             arrival = 1
-            summarize_tile(
-                logits, ids, in_row, target_row, bitmask_ptr, bitmask_row, is_read, is_row, inverse_target, tile,
-                target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
+            summarize_tiles(
+                logits, target_row, bitmask_ptr, bitmask_row, None, None, is_read, is_row, inverse_target, first_tile,
+                end_tile, target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
             if draft_ptr is not None and draft_logsumexp_ptr is None:
                 is_read_draft = has_draft & ~is_point_mass
-                logits, ids, in_row = load_tile(draft_row, is_read_draft, tile * TILE, vocab_size, SUB_BLOCK, TILE)
-                summarize_tile(
-                    logits, ids, in_row, draft_row, None, None, is_read_draft, is_row, inverse_draft, tile,
-                    draft_statistics_ptr + row_index * num_blocks, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
+                logits = load_tile(draft_row, is_read_draft, first_tile * TILE, vocab_size, SUB_BLOCK, TILE)
+                summarize_tiles(
+                    logits, draft_row, None, None, None, None, is_read_draft, is_row, inverse_draft, first_tile,
+                    end_tile, draft_statistics_ptr + row_index * num_blocks, plane, num_blocks, vocab_size, SUB_BLOCK,
+                    TILE,
                 )  # fmt: skip
         if DECISION:
             arrived = take_ticket(row_tickets_ptr + group * num_steps + tl.program_id(2), tl.num_programs(0), arrival)
