@@ -97,6 +97,20 @@ def settle(x):
 
 
 @triton.jit
+def load_policy(temperature_ptr, target_is_processed, one_hot_ptr, request, slot, is_request, num_cached):
+    """[R] each: whether the request is greedy, 1 / T for target and for draft rows, whether q is a point mass."""
+    temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
+    is_greedy = temperature < GREEDY_TEMPERATURE
+    inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
+    inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
+    # A greedy request accepts iff the token is the argmax, whatever q was: q as a point mass says just that.
+    is_point_mass = is_greedy | (slot >= num_cached)
+    if one_hot_ptr is not None:
+        is_point_mass = is_point_mass | tl.load(one_hot_ptr + request, mask=is_request, other=False)
+    return is_greedy, inverse_target, inverse_draft, is_point_mass
+
+
+@triton.jit
 def _larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

@@ -13,7 +13,8 @@ from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads at once
 ENOUGH_PROGRAMS = 1200  # for all processors of a GPU: with more rows, a program reads several tiles
-RESIDUAL_TILE = 32  # of the residual's programs, most of which have nothing to do: fewer of them
+RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
+RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit
@@ -39,7 +40,7 @@ def pass_options(*, draft_rows_too: bool = False, at_once: bool = False) -> dict
 # Limits are the lowest, of those that let as many programs share a processor, with which nothing goes to local memory.
 SEARCH = compile_options(8 if torch.version.hip else 16, 64)  # for a threshold; AMD's warps are twice as wide
 RESOLUTION = compile_options(8)
-RESIDUAL = compile_options(4, MAX_REGISTERS)
+RESIDUAL = compile_options(8, 128)
 BLOCK = compile_options(8, 128)
 
 

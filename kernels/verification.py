@@ -44,6 +44,7 @@ from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import (
     BLOCK,
     RESIDUAL,
+    RESIDUAL_PROGRAMS,
     RESIDUAL_TILE,
     RESOLUTION,
     SEARCH,
@@ -54,6 +55,7 @@ from vllm_bebop.kernels.launch import (
     tiles_per_program,
 )
 from vllm_bebop.kernels.reference import Verification
+from vllm_bebop.kernels.residual_kernel import residual_kernel
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
 from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
 
@@ -211,6 +213,7 @@ def verify(
     sub_block, num_blocks = partition(vocab_size)
     tile = min(TILE, triton.next_power_of_2(num_blocks))
     per_program = requests_per_program(batch, tile * sub_block)
+    draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
     tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1))
 
@@ -222,10 +225,8 @@ def verify(
         statistics: bool = False,
         decision: bool = False,
         resolution: bool = False,
-        residual: bool = False,
         block: bool = False,
         filters: Filters = filters,
-        tile: int = tile,
     ) -> None:
         verify_kernel[(programs_per_row, groups, num_steps)](
             target_logits,
@@ -238,7 +239,7 @@ def verify(
             filters.top_p,
             filters.min_p,
             draft_logits,
-            *((0, 0) if draft_logits is None else draft_logits.stride()[:2]),
+            *draft_strides,
             draft_logsumexp,
             draft_argmax,
             draft_threshold,
@@ -282,7 +283,6 @@ def verify(
             STATISTICS=statistics,
             DECISION=decision,
             RESOLUTION=resolution,
-            RESIDUAL=residual,
             BLOCK=block,
             FILTERED=filters.are_asked_for,
             NUM_THINNING_ROUNDS=reference.NUM_THINNING_ROUNDS,
@@ -297,9 +297,14 @@ def verify(
     is_block = block and max_drafts > 0  # without drafts there is no difference
     single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
     launch(
-        triton.cdiv(num_tiles, tiles_at_once), max_drafts + 1,
-        pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch), statistics=True, decision=True, resolution=single_launch, filters=NO_FILTERS,
-    )  # fmt: skip
+        triton.cdiv(num_tiles, tiles_at_once),
+        max_drafts + 1,
+        pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch),
+        statistics=True,
+        decision=True,
+        resolution=single_launch,
+        filters=NO_FILTERS,
+    )
     if filters.are_asked_for:
         launch(1, max_drafts + 1, SEARCH, decision=True)
     if is_block:
@@ -308,8 +313,47 @@ def verify(
     if not single_launch:
         launch(1, 1, RESOLUTION, resolution=True)
     if max_drafts > 0:
-        wide = min(RESIDUAL_TILE, triton.next_power_of_2(num_blocks))
-        launch(triton.cdiv(num_blocks, wide), 1, RESIDUAL, residual=True, tile=wide)
+        tile = min(RESIDUAL_TILE, tile)
+        num_tiles = triton.cdiv(num_blocks, tile)
+        residual_kernel[(num_tiles, min(groups, max(1, RESIDUAL_PROGRAMS // num_tiles)))](
+            target_logits,
+            target_logits.stride(0),
+            target_logits.shape[0],
+            int(target_is_processed),
+            bitmask,
+            0 if bitmask is None else bitmask.stride(0),
+            draft_logits,
+            *draft_strides,
+            draft_threshold,
+            draft_ids,
+            0 if draft_ids is None else draft_ids.shape[2],
+            num_cached,
+            draft_token_ids,
+            draft_token_ids.stride(0),
+            first_rows,
+            temperature,
+            seeds,
+            positions,
+            slots,
+            one_hot,
+            workspace.rows,
+            workspace.rows.stride(0),
+            workspace.request_tickets,
+            workspace.unresolved,
+            workspace.residual_sums,
+            out.token_ids,
+            out.num_accepted,
+            batch,
+            max_drafts,
+            vocab_size,
+            num_blocks,
+            FILTERED=filters.are_asked_for,
+            SUB_BLOCK=sub_block,
+            TILE=tile,
+            PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
+            REQUESTS=per_program,
+            **RESIDUAL,
+        )
     return out
 
 

@@ -1,13 +1,12 @@
-"""The verifier's one kernel: statistics of a row, its verdict, resolution of a request, and its residual."""
+"""The verifier's kernel: statistics of a row, its verdict, and resolution of a request."""
 
 import triton
 import triton.language as tl
 
 from vllm_bebop.kernels.block_kernel import count_accepted, draw_after_block, weigh_block
 from vllm_bebop.kernels.device import (
-    GREEDY_TEMPERATURE,
     NEG_INF,
-    from_first_lane,
+    load_policy,
     load_statistics,
     load_tile,
     pick,
@@ -16,7 +15,7 @@ from vllm_bebop.kernels.device import (
     take_ticket,
 )
 from vllm_bebop.kernels.filtering import has_filter, load_filters
-from vllm_bebop.kernels.resampling import draw_from_residual, draw_last_token, load_draft_threshold, store_residual_sums
+from vllm_bebop.kernels.resampling import draw_last_token, load_draft_threshold, store_residual_sums
 from vllm_bebop.kernels.row_decision import decide_row
 from vllm_bebop.kernels.verification_rows import ACCEPTED, LSE_P, LSE_Q, REJECTED, THRESHOLD, store_output
 
@@ -86,7 +85,6 @@ def verify_kernel(
     STATISTICS: tl.constexpr,
     DECISION: tl.constexpr,
     RESOLUTION: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERED: tl.constexpr,
     NUM_THINNING_ROUNDS: tl.constexpr,
@@ -96,23 +94,18 @@ def verify_kernel(
     PADDED_STEPS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """Any of the five parts; the caller launches statistics, decision and resolution separately or together, and BLOCK
+    """Any of the four parts; the caller launches statistics, decision and resolution separately or together, and BLOCK
     together with the resolution.
 
     Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The decision alone, then FILTERED, has one tile,
-    the resolution alone one tile and one step, the residual one step; BLOCK has no program for the bonus row.
+    the resolution alone one tile and one step; BLOCK has no program for the bonus row.
     """
-    tile = tl.program_id(0)
     group = tl.program_id(1)
     num_steps = max_drafts + 1
 
     # The requests of this program, [R] each.
     request = group * REQUESTS + tl.arange(0, REQUESTS)
     in_batch = request < batch
-    if RESIDUAL:  # mostly there is none
-        is_unresolved = tl.load(unresolved_ptr + request, mask=in_batch, other=0) != 0
-        if from_first_lane(tl.max(is_unresolved.to(tl.int32), axis=0)) == 0:
-            return
     slot = request.to(tl.int64)
     is_request = in_batch
     if slots_ptr is not None:
@@ -124,9 +117,6 @@ def verify_kernel(
 
     # The row that this program is about: a step's row, or the request's last one.
     step = tl.zeros([REQUESTS], tl.int32) + tl.program_id(2)
-    if RESIDUAL:
-        is_request = is_request & is_unresolved
-        step = tl.load(num_accepted_ptr + request, mask=is_request, other=0).to(tl.int32)
     row = first_row + step
     row_index = request * num_steps + step
     is_row = in_batch & (step <= num_drafts)
@@ -162,14 +152,9 @@ def verify_kernel(
         end_tile = tl.minimum(first_tile + tiles_per_program, tl.cdiv(num_blocks, TILE))
         logits = load_tile(target_row, is_read & is_wanted, first_tile * TILE, vocab_size, SUB_BLOCK, TILE)
 
-    temperature = settle(tl.load(temperature_ptr + slot, mask=is_request, other=0.0))
-    is_greedy = temperature < GREEDY_TEMPERATURE
-    inverse_draft = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
-    inverse_target = tl.where(target_is_processed != 0, 1.0, inverse_draft)
-    # A greedy request accepts iff the token is the argmax, whatever q was: q as a point mass says just that.
-    is_point_mass = is_greedy | (slot >= num_cached)
-    if one_hot_ptr is not None:
-        is_point_mass = is_point_mass | tl.load(one_hot_ptr + request, mask=in_batch, other=False)
+    is_greedy, inverse_target, inverse_draft, is_point_mass = load_policy(
+        temperature_ptr, target_is_processed, one_hot_ptr, request, slot, is_request, num_cached
+    )
     if STATISTICS:
         arrival = 1 + SKIPPED
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
@@ -242,8 +227,8 @@ def verify_kernel(
             store_residual_sums(
                 target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold,
                 is_read & is_summed, is_summed, token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target,
-                inverse_draft, tile, residual_sums_ptr + (request * max_drafts + step) * num_blocks, num_blocks,
-                vocab_size, SUB_BLOCK, TILE,
+                inverse_draft, tl.program_id(0), residual_sums_ptr + (request * max_drafts + step) * num_blocks,
+                num_blocks, vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
         num_tiles = tl.num_programs(0) * tl.num_programs(2)
         is_resolver = take_ticket(request_tickets_ptr + group, num_tiles, 1) > 0
@@ -323,27 +308,3 @@ def verify_kernel(
             tl.store(token_ids_ptr + row_index, token.to(tl.int64), mask=in_batch)
             if STATISTICS:
                 tl.store(first_rejected_ptr + request, tl.zeros([REQUESTS], tl.int32) + NO_REJECTION, mask=in_batch)
-
-    # --- Residual of the requests whose thinning gave up.
-    if RESIDUAL:
-        if FILTERED:
-            threshold = tl.load(rows + THRESHOLD * row_plane, mask=is_request, other=NEG_INF)
-        draft_threshold = load_draft_threshold(draft_threshold_ptr, slot, step, max_drafts, is_request & ~is_point_mass)
-        logsumexp_p = tl.load(rows + LSE_P * row_plane, mask=is_request, other=0.0)
-        logsumexp_q = tl.load(rows + LSE_Q * row_plane, mask=is_request, other=0.0)
-        residual_sums = residual_sums_ptr + request * num_blocks
-        store_residual_sums(
-            target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, is_request,
-            token, is_point_mass, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, tile, residual_sums,
-            num_blocks, vocab_size, SUB_BLOCK, TILE,
-        )  # fmt: skip
-        if take_ticket(request_tickets_ptr + group, tl.num_programs(0), 1) > 0:
-            block_sums = load_statistics(residual_sums, is_request, num_blocks, PADDED_BLOCKS, 0.0)
-            draw = draw_from_residual(
-                target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read, token,
-                is_point_mass, block_sums, logsumexp_p, logsumexp_q, inverse_target, inverse_draft, seed,
-                first_position + step, vocab_size, SUB_BLOCK, PADDED_BLOCKS,
-            )  # fmt: skip
-            # An all-zero residual (p equal to q up to rounding) keeps the last draw from p.
-            is_replaced = is_request & (tl.sum(block_sums, axis=1) > 0)
-            tl.store(token_ids_ptr + row_index, draw.to(tl.int64), mask=is_replaced)
