@@ -117,22 +117,6 @@ def test_sample_of_nothing() -> None:
 
 
 @runs_kernels
-def test_sample_does_not_depend_on_the_batch(monkeypatch) -> None:
-    from vllm_bebop.kernels import launch
-
-    values = arguments(12, 8192 + 600, torch.bfloat16)
-    out = sample(*values.values())
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    permuted = sample(*(value[order] for value in values.values()))
-    expected = {field.name: getattr(out, field.name)[order] for field in dataclasses.fields(out)}
-    assert_bitwise_equal(permuted, type(out)(**expected))
-    part = sample(*(value[5:8] for value in values.values()))
-    assert_bitwise_equal(part, type(out)(**{name: getattr(out, name)[5:8] for name in expected}))
-    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program
-    assert_bitwise_equal(sample(*values.values()), out)
-
-
-@runs_kernels
 def test_sample_reuses_a_workspace() -> None:
     workspace = poisoned(40, 8192 + 17)
     for batch in (24, 40, 3):
@@ -178,6 +162,8 @@ def test_sample_by_slot(vocab_size: int, integers: torch.dtype) -> None:
     )
     real = (slots >= 0).nonzero().flatten()
     index = slots[real].long()
+    offset = sample(*list(values.values())[:3], values["positions"] - 2, position_offset=2)
+    assert_bitwise_equal(offset, sample(*values.values()))
     direct = sample(values["logits"][real], of_slots["temperature"][index], of_slots["seeds"][index], positions[real])
     assert_bitwise_equal(type(out)(**{f.name: getattr(out, f.name)[real] for f in dataclasses.fields(out)}), direct)
     assert out.token_ids[slots < 0].tolist() == [0, 0] and out.is_empty[slots < 0].all()

@@ -1,9 +1,10 @@
 """Fused verification equals the reference token for token, in both of its forms."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 
 from benchmarks.kernel_races import as_integers, count_mismatches, on_spoiled_scratch
 from tests.support.kernels import (
@@ -26,6 +27,7 @@ from tests.support.verification import (
     case,
     choose_filters,
     edge_case,
+    in_every_form,
     poisoned,
     select,
     verify,
@@ -34,6 +36,7 @@ from tests.support.verification import (
     with_ties,
 )
 from vllm_bebop.kernels import reference
+from vllm_bebop.kernels.block_reference import accept_block
 from vllm_bebop.kernels.filters import Filters
 from vllm_bebop.kernels.reference import Verification, verify_reference
 
@@ -87,11 +90,6 @@ def assert_equals_reference(values: dict, **options) -> Verification:
         a, b = (getattr(out, name)[is_exact].double() for out in (ours, exact))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     return ours
-
-
-in_every_form = pytest.mark.parametrize(
-    "form", [{}, {"single_launch": True}, {"block": True}], ids=["two launches", "single launch", "block"]
-)
 
 
 @runs_kernels
@@ -215,45 +213,6 @@ def test_verify_edge_cases(max_drafts: int, step: int) -> None:
 def test_verify_of_nothing(form: dict) -> None:
     out = verify(**case(0, 3, 100), **form)
     assert out.token_ids.shape == (0, 4) and out.num_accepted.shape == (0,)
-
-
-@runs_kernels
-@in_every_form
-def test_verify_does_not_depend_on_the_batch(monkeypatch, form: dict) -> None:
-    from vllm_bebop.kernels import launch
-
-    values = with_draft_statistics(case(8, 2, 700, torch.bfloat16))
-    out = verify(**values, **form)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
-    assert_bitwise_equal(verify(**select(values, order), **form), select_output(out, order))
-    part = list(range(3, 6))
-    assert_bitwise_equal(verify(**select(values, part), **form), select_output(out, part))
-    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
-    assert_bitwise_equal(verify(**values, **form), out)
-
-
-@runs_kernels
-@pytest.mark.parametrize("block", [False, True])
-def test_verify_does_not_depend_on_filters_of_others(block: bool) -> None:
-    """A neighbour's top-k and top-p change neither a token nor the last bit of a statistic."""
-    values = with_draft_statistics(case(9, 2, 151_936, torch.bfloat16))
-    asks = torch.arange(9, device=DEVICE) % 3 == 0
-    filters = Filters(top_k=asks.int() * 50, top_p=torch.where(asks, 0.8, 1.0))
-    others = (~asks).nonzero().flatten()
-    filtered, plain = verify(**values, filters=filters, block=block), verify(**values, block=block)
-    assert_bitwise_equal(select_output(filtered, others), select_output(plain, others))
-    assert (filtered.target_entropy_nats[asks, 0] < plain.target_entropy_nats[asks, 0]).any()
-
-
-@runs_kernels
-@in_every_form
-@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="lays out the pass otherwise if there is a bitmask")
-def test_verify_does_not_depend_on_whether_there_is_a_grammar(form: dict) -> None:
-    """A bitmask that allows everything changes neither a token nor the last bit of a statistic."""
-    values = with_draft_statistics(case(6, 2, 151_936, torch.bfloat16))
-    num_rows, vocab_size = values["target_logits"].shape
-    everything = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=DEVICE)
-    assert_bitwise_equal(verify(**values, bitmask=everything, **form), verify(**values, **form))
 
 
 @runs_kernels
@@ -393,6 +352,25 @@ def test_verify_reads_no_row_past_the_cache(block: bool, monkeypatch) -> None:
 
 @runs_kernels
 @in_every_form
+def test_verify_counts_tokens_of_what_was_scheduled(form: dict) -> None:
+    """Where more drafts are accepted, the first that was not scheduled is the last token; else nothing changes."""
+    values = case(32, 3, 100)
+    out = verify(**values, **form)
+    assert torch.equal(out.num_tokens, (out.num_accepted + 1).int())
+    scheduled = (values["num_draft_tokens"] - torch.arange(32, device=DEVICE) % 2).clamp(min=0)
+    expected = torch.minimum(out.num_accepted, scheduled) + 1
+    assert (expected <= out.num_accepted).sum() >= 5
+    for integers in (torch.int32, torch.int64):
+        cut = verify(**values, **form, num_scheduled=scheduled.to(integers))
+        assert_bitwise_equal(cut, dataclasses.replace(out, num_tokens=expected.int()))
+    if "single_launch" not in form:
+        rule = {"rule": accept_block} if form else {}
+        eager = verify_reference(**values, **rule, num_scheduled=scheduled)
+        assert torch.equal(eager.num_tokens, expected.int())
+
+
+@runs_kernels
+@in_every_form
 @pytest.mark.parametrize("counts", [[99, -5, 2, 2], [-5, 99, 2, 2]])
 def test_verify_stays_inside_its_tensors_on_wrong_counts(counts: list[int], form: dict) -> None:
     """Counts are not checked on the device, so they are clamped: rows that are not there read as empty."""
@@ -424,6 +402,7 @@ def test_verify_stays_inside_its_tensors_on_wrong_counts(counts: list[int], form
         ("draft_threshold", torch.zeros(4, 2)),
         ("slots", torch.zeros(3, dtype=torch.int64)),
         ("first_rows", torch.zeros(4)),
+        ("num_scheduled", torch.zeros(4)),
         ("draft_logsumexp", torch.zeros(4, 3)),
         ("draft_argmax", torch.zeros(4, 2)),
         ("workspace", (2, 2, 100)),

@@ -1,5 +1,6 @@
 """Requests to verify, of every kind at once, and the fused verifier on poisoned scratch."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +74,11 @@ def select(values: dict, order: list[int]) -> dict:
     if "filters" in values:
         by_row["filters"] = values["filters"].of(torch.tensor(order, device=DEVICE))
     return {name: value[order] if isinstance(value, Tensor) else value for name, value in values.items()} | by_row
+
+
+in_every_form = pytest.mark.parametrize(
+    "form", [{}, {"single_launch": True}, {"block": True}], ids=["two launches", "single launch", "block"]
+)
 
 
 def poisoned(batch: int, max_drafts: int, vocab_size: int, **options):
