@@ -1,6 +1,11 @@
-"""What the GPU benchmarks compare with: plain PyTorch's tokens, and what FlashInfer is called with."""
+"""What the GPU benchmarks compare with: plain PyTorch's tokens, what FlashInfer is called with, vLLM as gathered."""
 
+import importlib.util
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,6 +14,8 @@ import torch
 import kernel_implementations
 from kernel_cases import Point
 from tests.support.bench_case import make_case
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_plain_torch_accepts_all_drafts_from_the_target_itself() -> None:
@@ -72,4 +79,20 @@ def test_flashinfer_of_an_older_version_is_left_out(monkeypatch) -> None:
         kernel_implementations.flashinfer(make_case(Point(3, 2, 11)))
 
 
-# --- With the kernels, in Triton's interpreter ------------------------------------------------------------------------
+def test_gathered_vllm_verifies_without_the_rest_of_vllm(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    subprocess.run(["bash", ROOT / "scripts" / "gather_peers.sh", tmp_path, "vllm"], check=True)
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "benchmarks")))
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.support.gathered_vllm_probe"],
+        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    result = json.loads(child.stdout.rpartition("RESULT ")[2])
+    assert result["drawn"] == [4, 2, 50] and result["num_accepted"] == [2] * 4
+    assert "rejection_sampler.py" in {Path(file).name for file in result["files"]}
+    assert all(Path(file).is_relative_to(tmp_path) for file in result["files"])
+    assert result["refused"] == "vllm.config.VllmConfig was not gathered"
