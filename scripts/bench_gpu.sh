@@ -55,7 +55,7 @@ run_selftest() { limit "$minutes" "$python" -m vllm_bebop.cli selftest --device 
 
 run_tests() {
   local workers=()
-  ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n 8) # compiling takes most of the time
+  ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n auto) # compiling takes most of the time
   # shellcheck disable=SC2086 # several files
   limit "$minutes" "$python" -m pytest -v --tb=short --maxfail=5 -p no:cacheprovider "${workers[@]}" $tests \
     --deselect tests/test_kernels_loss.py::test_loss_kernel_compiles_without_spills # for other GPUs too
