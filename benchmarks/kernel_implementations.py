@@ -42,8 +42,8 @@ def bebop_in_vllm(case: Case) -> Implementation:
     """All that engine/runner_v2.py launches for requests with no more than a temperature.
 
     Drafting: the sampler, which copies the logits into the cache as V2's does, and the filters, since a captured graph
-    serves whoever comes. Verification: drafts are gathered from the batch's rows, two launches and the residual's
-    verify, and the totals are kept.
+    serves whoever comes. Verification: drafts are gathered from the batch's rows; three launches verify them and keep
+    the totals.
     """
     return bebop_step(case, as_in_vllm=True, single_launch=False)
 
@@ -55,7 +55,6 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
     from vllm_bebop.kernels.gathering_kernel import gather_drafts
     from vllm_bebop.kernels.reference import Verification
     from vllm_bebop.kernels.tally import new_totals
-    from vllm_bebop.kernels.tally_kernel import tally
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     (batch, num_drafts, vocab_size), device = case.point, case.seeds.device
@@ -101,9 +100,7 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
             for i, step in enumerate(steps)
         ]
 
-    def verify_drafts(
-        token_ids: Tensor, counts: Tensor, positions: Tensor, num_scheduled: Tensor | None = None
-    ) -> Verification:
+    def verify_drafts(token_ids: Tensor, counts: Tensor, positions: Tensor, **of_vllm: Tensor) -> Verification:
         return verify(
             case.target_logits,
             token_ids,
@@ -117,7 +114,7 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
             draft_logsumexp=caches["cache_logsumexp"],
             draft_argmax=caches["cache_argmax"],
             draft_threshold=caches.get("cache_threshold"),
-            num_scheduled=num_scheduled,
+            **of_vllm,
             single_launch=single_launch,
             workspace=verifying,
         )
@@ -126,9 +123,13 @@ def bebop_step(case: Case, *, as_in_vllm: bool, single_launch: bool) -> Implemen
         if not as_in_vllm:
             return verify_drafts(case.draft_tokens, num_draft_tokens, case.positions[0])
         gathered = gather_drafts(tokens_of_rows, positions_of_rows, row_offsets, slots, num_drafts, drawn=drawn)
-        verified = verify_drafts(gathered.token_ids, gathered.num_drafts, gathered.positions, gathered.num_scheduled)
-        tally(verified, totals)
-        return verified
+        return verify_drafts(
+            gathered.token_ids,
+            gathered.num_drafts,
+            gathered.positions,
+            num_scheduled=gathered.num_scheduled,
+            totals=totals,
+        )
 
     draft()  # fills the caches
     passes = {"draft": 2 if as_in_vllm else 1, "verify": 1}

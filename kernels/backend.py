@@ -24,7 +24,6 @@ class Backend:
     verify: Callable[..., Verification]
     find_candidates: Callable[..., Candidates]
     gather_drafts: Callable[..., GatheredDrafts]
-    tally: Callable[[Verification, torch.Tensor], None]
     sampling_workspace: Callable[..., Any]
     verification_workspace: Callable[..., Any]
 
@@ -39,27 +38,21 @@ def fused() -> Backend:
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
     from vllm_bebop.kernels.gathering_kernel import gather_drafts
     from vllm_bebop.kernels.launch import is_interpreted
-    from vllm_bebop.kernels.tally_kernel import tally
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     name = "Triton kernels, interpreted" if is_interpreted() else "Triton kernels"
-    return Backend(
-        name, sample, verify, find_candidates, gather_drafts, tally, SamplingWorkspace, VerificationWorkspace
-    )
+    return Backend(name, sample, verify, find_candidates, gather_drafts, SamplingWorkspace, VerificationWorkspace)
 
 
 def plain() -> Backend:
     from vllm_bebop.kernels.fallback import find_candidates, sample, verify
     from vllm_bebop.kernels.gathering import gather_drafts_reference
-    from vllm_bebop.kernels.tally import tally_reference
 
     def none(*_: object, **__: object) -> None:
         return None
 
     gather_drafts = gather_drafts_reference
-    return Backend(
-        "reference in plain torch", sample, verify, find_candidates, gather_drafts, tally_reference, none, none
-    )
+    return Backend("reference in plain torch", sample, verify, find_candidates, gather_drafts, none, none)
 
 
 def _runs_triton(device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from vllm_bebop.kernels.candidates import Candidates, expand_candidates, find_ca
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample, Verification, sample_reference, verify_reference
+from vllm_bebop.kernels.tally import tally_reference
 
 
 def find_candidates(
@@ -102,6 +103,7 @@ def verify(
     draft_ids: Tensor | None = None,
     num_scheduled: Tensor | None = None,
     block: bool = False,
+    totals: Tensor | None = None,
     workspace: None = None,
 ) -> Verification:
     """As `verification.verify` with slots, none of them padding. What draft_logsumexp and draft_argmax say is computed
@@ -122,7 +124,7 @@ def verify(
         if draft_ids is not None:
             draft_logits = expand_candidates(draft_ids[row], draft_logits, target_logits.shape[1])
         draft_threshold = None if draft_threshold is None else draft_threshold[row]
-    return (verify_block_reference if block else verify_reference)(
+    verification = (verify_block_reference if block else verify_reference)(
         target_logits,
         draft_token_ids.long(),
         draft_logits,
@@ -137,3 +139,6 @@ def verify(
         draft_threshold=draft_threshold,
         num_scheduled=None if num_scheduled is None else num_scheduled.long(),
     )
+    if totals is not None:
+        tally_reference(verification, totals)
+    return verification

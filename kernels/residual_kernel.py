@@ -1,4 +1,4 @@
-"""The rare tokens that thinning gave up on, drawn from max(0, p - q) itself: two rows are read once more.
+"""The rare tokens that thinning gave up on, drawn from max(0, p - q) itself: two rows are read once more. And totals.
 
 A good draft is seldom rejected, but where it is, p and q are so alike that of a hundred requests a few come here. Most
 launches find one, or none; so there are no more programs than a GPU runs at once, each with a share of the requests,
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from vllm_bebop.kernels.device import NEG_INF, from_first_lane, load_policy, load_statistics, settle, take_ticket
 from vllm_bebop.kernels.resampling import draw_from_residual, load_draft_threshold, store_residual_sums
+from vllm_bebop.kernels.tally_kernel import add_to_totals
 from vllm_bebop.kernels.verification_rows import LSE_P, LSE_Q, THRESHOLD
 
 GROUPS_AT_ONCE = tl.constexpr(128)  # whose flags a program looks at
@@ -49,6 +50,11 @@ def residual_kernel(
     residual_sums_ptr,
     token_ids_ptr,
     num_accepted_ptr,
+    num_tokens_ptr,
+    entropy_ptr,
+    overlap_ptr,
+    argmax_prob_ptr,
+    totals_ptr,
     batch,
     max_drafts,
     vocab_size,
@@ -57,9 +63,13 @@ def residual_kernel(
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr,
+    PADDED_STEPS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """Grid (tiles, any number of programs), over which the groups of REQUESTS requests are dealt out in turn."""
+    """Grid (tiles, any number of programs), over which the groups of REQUESTS requests are dealt out in turn.
+
+    One program also adds the verification, of which all but these tokens is known by now, to the totals.
+    """
     tile = tl.program_id(0)
     num_groups = tl.cdiv(batch, REQUESTS)
     for first_group in range(tl.program_id(1), num_groups, tl.num_programs(1) * GROUPS_AT_ONCE):
@@ -119,3 +129,9 @@ def residual_kernel(
                 tl.store(token_ids_ptr + row_index, draw.to(tl.int64), mask=is_replaced)
             waiting = tl.where(waiting == group, NO_GROUP, waiting)
             group = from_first_lane(tl.min(waiting, axis=0))
+
+    if totals_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike the inner condition)
+        if (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == tl.num_programs(1) - 1):
+            add_to_totals(
+                entropy_ptr, overlap_ptr, argmax_prob_ptr, num_tokens_ptr, totals_ptr, batch, max_drafts, PADDED_STEPS
+            )

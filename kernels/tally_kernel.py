@@ -1,4 +1,4 @@
-"""Adding a verification to running totals, in one launch of one program: see `tally`."""
+"""Adding a verification to running totals, by one program: see `tally`. `verify` does it too, where it is asked to."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.tally import TOTALS
 
 NUM_TOTALS = tl.constexpr(len(TOTALS))
-_REQUESTS = 128  # that the program reads at once
+NUMBERS_AT_ONCE = tl.constexpr(512)  # of each kind: some requests, and all their steps
 
 
 def tally(verification: Verification, totals: Tensor) -> None:
@@ -35,7 +35,6 @@ def tally(verification: Verification, totals: Tensor) -> None:
         totals,
         batch,
         num_steps - 1,
-        REQUESTS=_REQUESTS,
         STEPS=triton.next_power_of_2(num_steps),
         **compile_options(4),
     )
@@ -50,9 +49,17 @@ def tally_kernel(
     totals_ptr,
     batch,
     max_drafts,
-    REQUESTS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    add_to_totals(entropy_ptr, overlap_ptr, argmax_prob_ptr, num_tokens_ptr, totals_ptr, batch, max_drafts, STEPS)
+
+
+@triton.jit
+def add_to_totals(
+    entropy_ptr, overlap_ptr, argmax_prob_ptr, num_tokens_ptr, totals_ptr, batch, max_drafts, STEPS: tl.constexpr
+):
+    """By one program. STEPS: a power of two, more than max_drafts."""
+    REQUESTS: tl.constexpr = NUMBERS_AT_ONCE // STEPS
     steps = tl.arange(0, STEPS)[None, :]
     num_steps = max_drafts + 1
     planes = tl.arange(0, 8)[None, :]  # as in TOTALS, and two of zeros

@@ -56,6 +56,8 @@ from vllm_bebop.kernels.launch import (
 )
 from vllm_bebop.kernels.reference import Verification
 from vllm_bebop.kernels.residual_kernel import residual_kernel
+from vllm_bebop.kernels.tally import TOTALS
+from vllm_bebop.kernels.tally_kernel import tally
 from vllm_bebop.kernels.verification_kernel import NO_REJECTION, verify_kernel
 from vllm_bebop.kernels.verification_rows import NUM_ROW_PLANES
 
@@ -121,6 +123,7 @@ def verify(
     num_scheduled: Tensor | None = None,
     block: bool = False,
     single_launch: bool = False,
+    totals: Tensor | None = None,
     workspace: VerificationWorkspace | None = None,
 ) -> Verification:
     """Accepts or rejects draft tokens so that the output follows the target exactly (arXiv:2606.12370, Eq. 1 and 2).
@@ -157,6 +160,7 @@ def verify(
             `block_reference`.
         single_launch: statistics, decision and resolution in one launch with early exit; not with a bitmask, filters or
             `block`, which have more launches whatever it says.
+        totals: [len(TOTALS), max_drafts + 1] fp64, contiguous: this verification is added, see `tally`.
         workspace: scratch to reuse; without it, it is allocated.
     Returns:
         Verification in fp32. Statistics of rows past num_accepted (past the first rejection) are NaN, and NaN or empty
@@ -181,6 +185,9 @@ def verify(
     check_integers("first_rows", first_rows, (batch,), device)
     if num_scheduled is not None:
         check_integers("num_scheduled", num_scheduled, (batch,), device)
+    if totals is not None:
+        check_tensor("totals", totals, (len(TOTALS), max_drafts + 1), torch.float64, device)
+        check_contiguous("totals", totals)
     streams_draft_rows = draft_logits is not None and draft_logsumexp is None
     if workspace is None:
         workspace = VerificationWorkspace(
@@ -309,6 +316,8 @@ def verify(
         launch(1, max_drafts + 1, SEARCH, decision=True)
     if is_block:
         launch(num_tiles, max_drafts, BLOCK, block=True, resolution=True)
+        if totals is not None:
+            tally(out, totals)
         return out
     if not single_launch:
         launch(1, 1, RESOLUTION, resolution=True)
@@ -343,6 +352,11 @@ def verify(
             workspace.residual_sums,
             out.token_ids,
             out.num_accepted,
+            out.num_tokens,
+            out.target_entropy_nats,
+            out.overlap,
+            out.draft_argmax_prob,
+            totals,
             batch,
             max_drafts,
             vocab_size,
@@ -351,6 +365,7 @@ def verify(
             SUB_BLOCK=sub_block,
             TILE=tile,
             PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
+            PADDED_STEPS=triton.next_power_of_2(max_drafts + 1),
             REQUESTS=per_program,
             **RESIDUAL,
         )

@@ -149,7 +149,7 @@ def gathering(target: str):
 def tally(target: str):
     from vllm_bebop.kernels.tally_kernel import tally_kernel
 
-    return compile_kernel(tally_kernel, target, launch.compile_options(4), REQUESTS=128, STEPS=4)
+    return compile_kernel(tally_kernel, target, launch.compile_options(4), STEPS=4)
 
 
 def sampling(target: str, options: dict, *, filtered: bool):
@@ -174,7 +174,7 @@ def residual(target: str, absent: tuple[str, ...] = PLAIN):
     from vllm_bebop.kernels.residual_kernel import residual_kernel
 
     absent = tuple(name for name in absent if f"{name}_ptr" in residual_kernel.arg_names)
-    constants = {"FILTERED": absent == (), "TILE": launch.RESIDUAL_TILE}
+    constants = {"FILTERED": absent == (), "TILE": launch.RESIDUAL_TILE, "PADDED_STEPS": 4}
     return compile_kernel(residual_kernel, target, launch.RESIDUAL, absent, **constants)
 
 

@@ -6,9 +6,10 @@ Runs on the GPU where there is one, otherwise on the CPU: see tests/support/kern
 import pytest
 import torch
 
-from tests.support.kernels import DEVICE, RUNS_HERE, run_on_the_cpu, runs_kernels
+from tests.support.kernels import DEVICE, RUNS_HERE, assert_bitwise_equal, run_on_the_cpu, runs_kernels
+from tests.support.verification import case, in_every_form, verify, with_draft_statistics
 from vllm_bebop.kernels.reference import Verification
-from vllm_bebop.kernels.tally import new_totals, read_totals, tally_reference
+from vllm_bebop.kernels.tally import TOTALS, new_totals, read_totals, tally_reference
 
 NAN = float("nan")
 
@@ -76,6 +77,28 @@ def test_tally_equals_reference(batch: int, max_drafts: int) -> None:
         tally_reference(rounds, eager)
     torch.testing.assert_close(ours, eager, rtol=1e-6, atol=0)
     assert batch * max_drafts == 0 or (ours[0] > 0).any()
+
+
+@runs_kernels
+@in_every_form
+def test_verify_tallies_itself(form: dict) -> None:
+    from vllm_bebop.kernels import fallback
+
+    values = with_draft_statistics(case(70, 3, 100))
+    num_scheduled = (values["num_draft_tokens"] - torch.arange(70, device=DEVICE) % 2).clamp(min=0)
+    ours, eager = new_totals(3, DEVICE), new_totals(3, DEVICE)
+    for _ in range(2):
+        out = verify(**values, num_scheduled=num_scheduled, **form, totals=ours)
+        tally_reference(out, eager)
+    torch.testing.assert_close(ours, eager, rtol=1e-6, atol=0)
+    assert (eager > 0).sum() >= 20
+    assert_bitwise_equal(out, verify(**values, num_scheduled=num_scheduled, **form))
+
+    plain, block = new_totals(3, DEVICE), form.get("block", False)
+    slots = torch.arange(70, device=DEVICE)
+    fallback.verify(**values, slots=slots, num_scheduled=num_scheduled, block=block, totals=plain)
+    accepted = TOTALS.index("accepted")  # unlike the others, whatever the reference knows of drafts that q cannot draw
+    assert torch.equal(plain[accepted] * 2, eager[accepted])
 
 
 @runs_kernels

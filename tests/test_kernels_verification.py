@@ -403,6 +403,7 @@ def test_verify_stays_inside_its_tensors_on_wrong_counts(counts: list[int], form
         ("slots", torch.zeros(3, dtype=torch.int64)),
         ("first_rows", torch.zeros(4)),
         ("num_scheduled", torch.zeros(4)),
+        ("totals", torch.zeros(6, 4, dtype=torch.float64)),
         ("draft_logsumexp", torch.zeros(4, 3)),
         ("draft_argmax", torch.zeros(4, 2)),
         ("workspace", (2, 2, 100)),

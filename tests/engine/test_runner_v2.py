@@ -53,7 +53,7 @@ def test_v2_is_what_ran(v2):
 
 def test_nothing_is_compiled_while_serving(v2):
     at_the_start, while_serving = v2["compiled"].values()
-    kernels = {"sample_kernel", "verify_kernel", "gather_kernel", "tally_kernel"}
+    kernels = {"sample_kernel", "verify_kernel", "gather_kernel", "residual_kernel"}
     assert set(at_the_start) == (set() if "interpreted" in v2["backend"] else kernels)
     assert while_serving == []
 

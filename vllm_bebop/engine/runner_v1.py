@@ -222,9 +222,9 @@ class BebopRejectionSampler(RejectionSampler):
             target_is_processed=True,
             num_scheduled=drafts.num_scheduled,
             block=self.in_blocks,
+            totals=self.totals,
             **q,
         )
-        self.backend.tally(verification, self.totals)
         token_ids = verification.token_ids[:, : metadata.max_spec_len + 1].to(torch.int32)
         is_past = torch.arange(token_ids.shape[1], device=logits.device) >= verification.num_tokens[:, None]
         token_ids.masked_fill_(is_past, -1)  # should a dropped draft be accepted: behind it no row counts

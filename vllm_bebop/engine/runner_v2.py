@@ -256,9 +256,9 @@ def _verify(rejection_sampler: Any, given: Arguments) -> tuple[torch.Tensor, tor
     # scheduling, -1 in `verify_draft_sampled` from the first draft that the scheduler has not seen to be allowed by a
     # grammar: the rows behind it carry no mask.
     verification = _verified(
-        ours, sampler, given, logits, given["idx_mapping"], given["cu_num_logits"], given.get("verify_draft_sampled")
-    )
-    ours.backend.tally(verification, ours.totals)
+        ours, sampler, given, logits, given["idx_mapping"], given["cu_num_logits"], given.get("verify_draft_sampled"),
+        ours.totals,
+    )  # fmt: skip
     wants_logprobs = sampler.sampling_states.max_num_logprobs(given["idx_mapping_np"]) >= 0
     processed = _processed_logits(sampler, given, logits) if wants_logprobs else logits
     return processed, verification.token_ids, verification.num_tokens
@@ -285,6 +285,7 @@ def _verified(
     slots: torch.Tensor,
     row_offsets: torch.Tensor,
     cut_input_ids: torch.Tensor | None = None,
+    totals: torch.Tensor | None = None,
 ) -> Verification:
     """The verification of what each request's slot drafted; no more tokens than it has rows of logits."""
     states = sampler.sampling_states
@@ -320,6 +321,7 @@ def _verified(
         filters=ours.policies.filters if is_raw and _any_is_filtered(states, given["idx_mapping_np"]) else NO_FILTERS,
         num_scheduled=drafts.num_scheduled,
         block=ours.in_blocks,
+        totals=totals,
         workspace=ours.workspace,
         **kept,
     )
