@@ -1,4 +1,4 @@
-"""The draft sampler: tiles are reduced to sub-block statistics, and the last tile of a row draws its token.
+"""The draft sampler: tiles are reduced to sub-block statistics, and the last program of a row draws its token.
 
 Rows with top-k, top-p or min-p are drawn once more by a second launch, one program a row, which returns at once for all
 others: the search for a threshold needs registers that the pass over the logits does better without.
@@ -77,7 +77,10 @@ def sample_kernel(
     BLOCK_STREAM: tl.constexpr,
     TOKEN_STREAM: tl.constexpr,
 ):
-    """Grid (tiles, tiles_per_program each, groups of REQUESTS requests); one with FILTERED, the second launch."""
+    """Grid (programs of a row, tiles_per_program tiles each; groups of REQUESTS requests).
+
+    With FILTERED, which is the second launch, a row has one program.
+    """
     first_tile = tl.program_id(0) * tiles_per_program
     group = tl.program_id(1)
     request = group * REQUESTS + tl.arange(0, REQUESTS)

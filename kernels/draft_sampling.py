@@ -1,13 +1,14 @@
 """Drawing one token per request from raw logits in one pass: the draft step, and target tokens without a draft.
 
-Every logit is read once. A program reduces a tile of 16 sub-blocks of 512 logits to a few numbers each; the last tile
-of a request to arrive merges them and draws the sub-block, then the token inside it, for which it reads that one
-sub-block again. Scheme, random streams and counters are those of `reference.sample_reference`, and so are the tokens:
+Every logit is read once. Programs reduce tiles of 16 sub-blocks of 512 logits to a few numbers a sub-block; the last
+program of a request to arrive merges them and draws the sub-block, then the token inside it, for which it reads that
+one sub-block again. Scheme, random streams and counters are those of `reference.sample_reference`, and so the tokens:
 
     j = argmax_j L_j + G_j             v = argmax_{v in j} z_v + G_v              (G: standard Gumbel numbers)
 
-with L_j as in `device`. The partition is fixed, never tuned by batch size: a request's token does not depend on its
-neighbours. Finding the last tile takes one atomic ticket per tile; nothing spins.
+with L_j as in `device`. The sub-blocks are fixed, and each is summed up in the same order whichever program reads it:
+a request's token does not depend on its neighbours. Finding the last program takes each an atomic ticket; nothing
+spins.
 
 With filters a second launch draws the rows that have one again, from what their threshold leaves: see `filtering`.
 """

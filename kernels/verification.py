@@ -2,13 +2,13 @@
 
 Two launches, then one that returns at once where it has nothing to do:
 
-1. Statistics. Tiles of target rows are reduced to sub-block statistics; the last tile of a row to arrive merges them
+1. Statistics. Tiles of target rows are reduced to sub-block statistics; the last program of a row to arrive merges them
    and decides the row: accept the draft token, reject it, or no draft.
 2. Resolution, one program per request: the first rejected row, the output tokens, and the recovered or bonus token out
    of the sub-block statistics, by thinning where it must come from max(0, p - q).
-3. Residual: only requests whose thinning dropped every draw read their row, and q's, once more.
+3. Residual: only requests whose thinning dropped every draw read their row, and q's, once more. Totals are kept there.
 
-With `single_launch` the last row of a request to arrive resolves it (1 and 2 in one launch), and a tile that starts
+With `single_launch` the last row of a request to arrive resolves it (1 and 2 in one launch), and a program that starts
 past a rejection found so far returns without reading. That only saves work: what a row decides never depends on it, and
 resolution looks at no row past the first rejection. Both forms give the same tokens.
 
@@ -19,7 +19,7 @@ registers that the pass over the logits does better without, and other rows are 
 Only sub-blocks that may hold kept tokens are read again: see `filtering`.
 
 q costs no pass over the draft's logits where its logsumexp is kept from drafting: log q is then a look-up. In vLLM it
-always is, two launches verify, and the grammar's mask is in the logits already.
+always is, these three launches verify, and the grammar's mask is in the logits already.
 
 Scheme, random streams and counters are those of `reference.verify_reference`.
 """

@@ -20,7 +20,7 @@ from vllm_bebop.kernels.row_decision import decide_row
 from vllm_bebop.kernels.verification_rows import ACCEPTED, LSE_P, LSE_Q, REJECTED, THRESHOLD, store_output
 
 NO_REJECTION = tl.constexpr(2**30)
-SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each tile that did not read
+SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each program that did not read
 
 
 @triton.jit(
@@ -97,8 +97,9 @@ def verify_kernel(
     """Any of the four parts; the caller launches statistics, decision and resolution separately or together, and BLOCK
     together with the resolution.
 
-    Grid (tiles, groups of REQUESTS requests, steps), steps slowest. The decision alone, then FILTERED, has one tile,
-    the resolution alone one tile and one step; BLOCK has no program for the bonus row.
+    Grid (programs of a row, tiles_per_program tiles each; groups of REQUESTS requests; steps), steps slowest. The
+    decision alone, then FILTERED, has one program a row, the resolution alone one a request; BLOCK reads a tile a
+    program, and has none for the bonus row.
     """
     group = tl.program_id(1)
     num_steps = max_drafts + 1
@@ -182,7 +183,7 @@ def verify_kernel(
     token = tl.load(tokens_ptr + request * tokens_stride + step, mask=has_draft, other=-1)
     token = tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
 
-    # --- Decision of one row, by the last of its tiles to arrive.
+    # --- Decision of one row, by the last of its programs to arrive.
     if DECISION:
         top_k, top_p, min_p = None, None, None
         if FILTERED:  # all rows have been decided without; here only those that have a filter
@@ -208,7 +209,7 @@ def verify_kernel(
             if arrived > 0:
                 is_resolver = take_ticket(request_tickets_ptr + group, num_rows, 1) > 0
 
-    # --- Block verification: sums of max(0, w p - q) over one row; the last tile of a request resolves it.
+    # --- Block verification: sums of max(0, w p - q) over one row; the last program of a request resolves it.
     if BLOCK:
         end, log_weight, eta, needs_sum = weigh_block(
             request, in_batch, num_drafts, is_greedy, seed, first_position, rows_ptr, row_plane, verdicts_ptr,
