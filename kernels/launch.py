@@ -12,7 +12,7 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads at once
-ENOUGH_PROGRAMS = 1200  # for all processors of a GPU: with more rows, a program reads several tiles
+ENOUGH_PROGRAMS = 2400  # about four for each that an H100 runs at once, so that its processors end together
 RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
 RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
 MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
@@ -58,7 +58,7 @@ def partition(vocab_size: int) -> tuple[int, int]:
 def tiles_per_program(num_tiles: int, num_rows: int) -> int:
     """How many tiles of a row one program reads, one after the other; results do not depend on it.
 
-    As few as keep a GPU busy, or else as many as save each program its beginning and its end.
+    Several, once there are ENOUGH_PROGRAMS without: each beginning, and each end, costs as much as some logits.
     """
     programs_per_row = triton.cdiv(num_tiles, min(num_tiles, max(1, num_tiles * num_rows // ENOUGH_PROGRAMS)))
     return triton.cdiv(num_tiles, programs_per_row)

@@ -354,10 +354,10 @@ def test_verify_reads_no_row_past_the_cache(block: bool, monkeypatch) -> None:
 @in_every_form
 def test_verify_counts_tokens_of_what_was_scheduled(form: dict) -> None:
     """Where more drafts are accepted, the first that was not scheduled is the last token; else nothing changes."""
-    values = case(32, 3, 100)
+    values = case(64, 3, 100)
     out = verify(**values, **form)
     assert torch.equal(out.num_tokens, (out.num_accepted + 1).int())
-    scheduled = (values["num_draft_tokens"] - torch.arange(32, device=DEVICE) % 2).clamp(min=0)
+    scheduled = (values["num_draft_tokens"] - torch.arange(64, device=DEVICE) % 2).clamp(min=0)
     expected = torch.minimum(out.num_accepted, scheduled) + 1
     assert (expected <= out.num_accepted).sum() >= 5
     for integers in (torch.int32, torch.int64):
