@@ -226,6 +226,7 @@ def summarize_tiles(
         )  # fmt: skip
         logits = following
     if from_first_lane(tl.min(tl.min(are_plain, axis=1), axis=0)) == 0:
+        tl.debug_barrier()  # all warps have stored what is overwritten here
         for first in range(first_tile * TILE, end_tile * TILE, min(TILE, 8)):
             _summarize_with_care(
                 rows, bitmask_ptr, bitmask_row, is_read, is_stored, steepness, first, statistics, plane, num_blocks,
