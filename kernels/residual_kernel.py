@@ -13,7 +13,7 @@ from vllm_bebop.kernels.resampling import draw_from_residual, load_draft_thresho
 from vllm_bebop.kernels.tally_kernel import add_to_totals
 from vllm_bebop.kernels.verification_rows import LSE_P, LSE_Q, THRESHOLD
 
-GROUPS_AT_ONCE = tl.constexpr(128)  # whose flags a program looks at
+FLAGS_AT_ONCE = tl.constexpr(128)  # that a program looks at
 NO_GROUP = tl.constexpr(2**30)
 
 
@@ -70,10 +70,11 @@ def residual_kernel(
 
     One program also adds the verification, of which all but these tokens is known by now, to the totals.
     """
+    GROUPS: tl.constexpr = max(1, FLAGS_AT_ONCE // REQUESTS)
     tile = tl.program_id(0)
     num_groups = tl.cdiv(batch, REQUESTS)
-    for first_group in range(tl.program_id(1), num_groups, tl.num_programs(1) * GROUPS_AT_ONCE):
-        groups = first_group + tl.arange(0, GROUPS_AT_ONCE) * tl.num_programs(1)
+    for first_group in range(tl.program_id(1), num_groups, tl.num_programs(1) * GROUPS):
+        groups = first_group + tl.arange(0, GROUPS) * tl.num_programs(1)
         members = groups[:, None] * REQUESTS + tl.arange(0, REQUESTS)[None, :]
         flags = tl.load(unresolved_ptr + members, mask=members < batch, other=0)
         waiting = tl.where(tl.max(flags, axis=1) != 0, groups, NO_GROUP)
