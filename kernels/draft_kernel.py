@@ -103,12 +103,6 @@ def sample_kernel(
     is_greedy = (temperature < GREEDY_TEMPERATURE) | ~is_cached
     inverse_temperature = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
 
-    seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
-    position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32) + position_offset
-    attempt = 0
-    if rounds_ptr is not None:
-        attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
-
     is_drawn = in_batch
     if FILTERED:
         top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, slot, is_read)
@@ -126,6 +120,11 @@ def sample_kernel(
         is_last = take_ticket(tickets_ptr + group, tl.num_programs(0), 1) > 0
 
     if is_last:
+        seed = tl.load(seeds_ptr + slot, mask=is_read, other=0)
+        position = tl.load(positions_ptr + request, mask=in_batch, other=0).to(tl.int32) + position_offset
+        attempt = 0
+        if rounds_ptr is not None:
+            attempt = tl.load(rounds_ptr + request, mask=in_batch, other=0).to(tl.int32)[:, None]
         block_logsumexp, block_entropy, num_nan, largest = finish_statistics(
             statistics, plane, is_read, inverse_temperature, is_greedy, num_blocks, PADDED_BLOCKS
         )

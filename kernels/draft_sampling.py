@@ -28,7 +28,7 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import SEARCH, TILE, partition, pass_options, requests_per_program, tiles_per_program
+from vllm_bebop.kernels.launch import PASS, SEARCH, TILE, partition, requests_per_program, tiles_per_program
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
 
@@ -212,7 +212,7 @@ def sample(
             REQUESTS=per_program,
             BLOCK_STREAM=int(streams[0]),
             TOKEN_STREAM=int(streams[1]),
-            **(SEARCH if filtered else pass_options()),
+            **(SEARCH if filtered else PASS),
         )
 
     launch(triton.cdiv(num_tiles, tiles_at_once), filtered=False)

@@ -15,7 +15,7 @@ TILE = 16  # sub-blocks that one program reads at once
 ENOUGH_PROGRAMS = 2400  # about four for each that an H100 runs at once, so that its processors end together
 RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
 RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
-MAX_REGISTERS = 168  # of 65,536 per processor: three programs of 4 warps
+MAX_REGISTERS = 128  # of 65,536 per processor: two programs of 8 warps
 MAX_BATCH = 65_535  # requests in one call on a GPU
 INTERPRETER_ELEMENTS = 2**18  # logits that one interpreted program reads; four times as many numbers are Triton's limit
 
@@ -32,16 +32,12 @@ def compile_options(num_warps: int, max_registers: int | None = None) -> dict[st
     return {"num_warps": num_warps, "enable_fp_fusion": False} | limit
 
 
-def pass_options(*, draft_rows_too: bool = False, at_once: bool = False) -> dict[str, int | bool]:
-    """Of a pass over rows, `at_once` with all that follows it. A second row takes as many registers again."""
-    return compile_options(8 if draft_rows_too else 4, MAX_REGISTERS if at_once else None)
-
-
 # Limits are the lowest, of those that let as many programs share a processor, with which nothing goes to local memory.
+PASS = compile_options(8)  # over the logits of one row
+PASS_AND_MORE = compile_options(8, MAX_REGISTERS)  # over a draft row too, or with a bitmask, or all that follows it
 SEARCH = compile_options(8 if torch.version.hip else 16, 64)  # for a threshold; AMD's warps are twice as wide
 RESOLUTION = compile_options(8)
-RESIDUAL = compile_options(8, 128)
-BLOCK = compile_options(8, 128)
+RESIDUAL = BLOCK = compile_options(8, MAX_REGISTERS)
 
 
 def is_interpreted() -> bool:

@@ -75,10 +75,7 @@ def residual_kernel(
     num_groups = tl.cdiv(batch, REQUESTS)
     for first_group in range(tl.program_id(1), num_groups, tl.num_programs(1) * GROUPS):
         groups = first_group + tl.arange(0, GROUPS) * tl.num_programs(1)
-        members = groups[:, None] * REQUESTS + tl.arange(0, REQUESTS)[None, :]
-        flags = tl.load(unresolved_ptr + members, mask=members < batch, other=0)
-        waiting = tl.where(tl.max(flags, axis=1) != 0, groups, NO_GROUP)
-        group = from_first_lane(tl.min(waiting, axis=0))
+        group = first_waiting(unresolved_ptr, groups, -1, batch, REQUESTS)
         while group < NO_GROUP:
             request = group * REQUESTS + tl.arange(0, REQUESTS)
             in_batch = request < batch
@@ -88,9 +85,7 @@ def residual_kernel(
                 slot = settle(tl.load(slots_ptr + request, mask=is_request, other=0)).to(tl.int64)
             first_row = settle(tl.load(first_rows_ptr + request, mask=is_request, other=0)).to(tl.int64)
             step = settle(tl.load(num_accepted_ptr + request, mask=is_request, other=0)).to(tl.int32)
-            position = tl.load(positions_ptr + request, mask=is_request, other=0).to(tl.int32) + step
             token = tl.load(tokens_ptr + request * tokens_stride + step, mask=is_request, other=-1).to(tl.int32)
-            seed = tl.load(seeds_ptr + slot, mask=is_request, other=0)
             _, inverse_target, inverse_draft, is_point_mass = load_policy(
                 temperature_ptr, target_is_processed, one_hot_ptr, request, slot, is_request, num_cached
             )
@@ -119,6 +114,8 @@ def residual_kernel(
                 residual_sums, num_blocks, vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
             if take_ticket(request_tickets_ptr + group, tl.num_programs(0), 1) > 0:
+                seed = tl.load(seeds_ptr + slot, mask=is_request, other=0)
+                position = tl.load(positions_ptr + request, mask=is_request, other=0).to(tl.int32) + step
                 block_sums = load_statistics(residual_sums, is_request, num_blocks, PADDED_BLOCKS, 0.0)
                 draw = draw_from_residual(
                     target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, is_read,
@@ -128,11 +125,19 @@ def residual_kernel(
                 # An all-zero residual (p equal to q up to rounding) keeps the last draw from p.
                 is_replaced = is_request & (tl.sum(block_sums, axis=1) > 0)
                 tl.store(token_ids_ptr + row_index, draw.to(tl.int64), mask=is_replaced)
-            waiting = tl.where(waiting == group, NO_GROUP, waiting)
-            group = from_first_lane(tl.min(waiting, axis=0))
+            group = first_waiting(unresolved_ptr, groups, group, batch, REQUESTS)
 
     if totals_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike the inner condition)
         if (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == tl.num_programs(1) - 1):
             add_to_totals(
                 entropy_ptr, overlap_ptr, argmax_prob_ptr, num_tokens_ptr, totals_ptr, batch, max_drafts, PADDED_STEPS
             )
+
+
+@triton.jit
+def first_waiting(unresolved_ptr, groups, last, batch, REQUESTS: tl.constexpr):
+    """The first of the groups [N] after the last one, a scalar, that has a request to draw for; or NO_GROUP."""
+    members = groups[:, None] * REQUESTS + tl.arange(0, REQUESTS)[None, :]
+    flags = tl.load(unresolved_ptr + members, mask=members < batch, other=0)
+    is_waiting = (tl.max(flags, axis=1) != 0) & (groups > last)
+    return from_first_lane(tl.min(tl.where(is_waiting, groups, NO_GROUP), axis=0))

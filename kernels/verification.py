@@ -43,6 +43,8 @@ from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
 from vllm_bebop.kernels.launch import (
     BLOCK,
+    PASS,
+    PASS_AND_MORE,
     RESIDUAL,
     RESIDUAL_PROGRAMS,
     RESIDUAL_TILE,
@@ -50,7 +52,6 @@ from vllm_bebop.kernels.launch import (
     SEARCH,
     TILE,
     partition,
-    pass_options,
     requests_per_program,
     tiles_per_program,
 )
@@ -306,7 +307,7 @@ def verify(
     launch(
         triton.cdiv(num_tiles, tiles_at_once),
         max_drafts + 1,
-        pass_options(draft_rows_too=streams_draft_rows, at_once=single_launch),
+        PASS_AND_MORE if streams_draft_rows or bitmask is not None or single_launch else PASS,
         statistics=True,
         decision=True,
         resolution=single_launch,

@@ -186,24 +186,22 @@ FILTERED, CANDIDATES = ("bitmask", "draft_ids"), ("bitmask", *FILTERS)
 DECIDED, AT_ONCE = ("STATISTICS", "DECISION"), ("STATISTICS", "DECISION", "RESOLUTION")
 ONE_DRAFT = {"max_drafts": 1, "tokens_stride": 1, "PADDED_STEPS": 2}  # compiled, an integer 1 becomes a constant
 KERNELS = {
-    "sample": lambda target: sampling(target, launch.pass_options(), filtered=False),
+    "sample": lambda target: sampling(target, launch.PASS, filtered=False),
     "sample with filters": lambda target: sampling(target, launch.SEARCH, filtered=True),
     "candidates": candidates,
     "gathering": gathering,
     "tally": tally,
-    "statistics": lambda target: verification(target, launch.pass_options(), *DECIDED),
+    "statistics": lambda target: verification(target, launch.PASS, *DECIDED),
     "statistics of draft rows too": lambda target: verification(
         target,
-        launch.pass_options(draft_rows_too=True),
+        launch.PASS_AND_MORE,
         *DECIDED,
         absent=("draft_logsumexp", "draft_threshold", *PLAIN),
     ),
-    "statistics of one-hot drafts": lambda target: verification(
-        target, launch.pass_options(), *DECIDED, absent=ONE_HOT
-    ),
-    "statistics of candidates": lambda target: verification(target, launch.pass_options(), *DECIDED, absent=CANDIDATES),
+    "statistics of one-hot drafts": lambda target: verification(target, launch.PASS, *DECIDED, absent=ONE_HOT),
+    "statistics of candidates": lambda target: verification(target, launch.PASS, *DECIDED, absent=CANDIDATES),
     "statistics with a bitmask": lambda target: verification(
-        target, launch.pass_options(), *DECIDED, absent=("draft_ids", *FILTERS)
+        target, launch.PASS_AND_MORE, *DECIDED, absent=("draft_ids", *FILTERS)
     ),
     "decision with filters": lambda target: verification(target, launch.SEARCH, "DECISION", absent=FILTERED),
     "decision with everything": lambda target: verification(target, launch.SEARCH, "DECISION", absent=()),
@@ -214,10 +212,8 @@ KERNELS = {
     "residual with everything": lambda target: residual(target, absent=()),
     "block": lambda target: verification(target, launch.BLOCK, "BLOCK", "RESOLUTION"),
     "block with everything": lambda target: verification(target, launch.BLOCK, "BLOCK", "RESOLUTION", absent=()),
-    "single launch": lambda target: verification(target, launch.pass_options(at_once=True), *AT_ONCE),
-    "single launch of one draft": lambda target: verification(
-        target, launch.pass_options(at_once=True), *AT_ONCE, **ONE_DRAFT
-    ),
+    "single launch": lambda target: verification(target, launch.PASS_AND_MORE, *AT_ONCE),
+    "single launch of one draft": lambda target: verification(target, launch.PASS_AND_MORE, *AT_ONCE, **ONE_DRAFT),
     "block of one draft": lambda target: verification(target, launch.BLOCK, "BLOCK", "RESOLUTION", **ONE_DRAFT),
 }
 # Those that pass over rows; the others read single sub-blocks.
@@ -261,7 +257,7 @@ def test_kernel_compiles_without_spills(record_property, tmp_path, name: str, ta
 @pytest.mark.parametrize("name", ["sample", "statistics", "single launch"])
 def test_a_pass_over_logits_has_few_instructions(tmp_path, name: str) -> None:
     """Memory is not what a GPU waits for, if there are more of them than it can do while a logit arrives."""
-    per_thread = SIZES["SUB_BLOCK"] * SIZES["TILE"] // 128
+    per_thread = SIZES["SUB_BLOCK"] * SIZES["TILE"] // (32 * launch.PASS["num_warps"])
     sass = report_on(KERNELS[name]("sm_90").asm["cubin"], tmp_path, "nvdisasm", "-c")
     of_one_tile, of_two = (instructions_to_the_ticket(sass, tiles * per_thread) for tiles in (1, 2))
     per_logit = (of_two - of_one_tile) / per_thread  # of the loop, without a program's beginning and end
