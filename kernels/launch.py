@@ -12,7 +12,7 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads at once
-ENOUGH_PROGRAMS = 2400  # about four for each that an H100 runs at once, so that its processors end together
+PROGRAMS_AT_ONCE = 400  # of a pass over rows, that an H100 has room for
 RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
 RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
 MAX_REGISTERS = 128  # of 65,536 per processor: two programs of 8 warps
@@ -54,9 +54,11 @@ def partition(vocab_size: int) -> tuple[int, int]:
 def tiles_per_program(num_tiles: int, num_rows: int) -> int:
     """How many tiles of a row one program reads, one after the other; results do not depend on it.
 
-    Several, once there are ENOUGH_PROGRAMS without: each beginning, and each end, costs as much as some logits.
+    As many as let all programs run at once, or else all: whenever the programs of a processor give way to the next
+    ones, its share of the memory's bandwidth is idle for a while.
     """
-    programs_per_row = triton.cdiv(num_tiles, min(num_tiles, max(1, num_tiles * num_rows // ENOUGH_PROGRAMS)))
+    wanted = triton.cdiv(num_tiles * num_rows, PROGRAMS_AT_ONCE)
+    programs_per_row = triton.cdiv(num_tiles, min(num_tiles, wanted))
     return triton.cdiv(num_tiles, programs_per_row)
 
 

@@ -56,8 +56,8 @@ def test_sample_does_not_depend_on_how_many_tiles_a_program_reads(monkeypatch) -
     values = arguments(6, FOUR_TILES, torch.bfloat16)
     with_care(values["logits"])
     caches = []
-    for enough, tiles in ((launch.ENOUGH_PROGRAMS, 1), (12, 2), (1, 4)):
-        monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", enough)
+    for enough, tiles in ((launch.PROGRAMS_AT_ONCE, 1), (12, 2), (1, 4)):
+        monkeypatch.setattr(launch, "PROGRAMS_AT_ONCE", enough)
         assert launch.tiles_per_program(4, 6) == tiles
         caches.append(torch.full((6, 1, FOUR_TILES), NAN, dtype=torch.bfloat16, device=DEVICE))
         out = sample(*values.values(), cache=caches[-1], step=torch.tensor(0, device=DEVICE))
@@ -96,7 +96,7 @@ def test_verify_does_not_depend_on_how_many_tiles_a_program_reads(
         values = with_draft_statistics(values)
     expected = verify(**values, **form)
     for enough, tiles in ((16, 2), (1, 4)):
-        monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", enough)
+        monkeypatch.setattr(launch, "PROGRAMS_AT_ONCE", enough)
         assert launch.tiles_per_program(4, 8) == tiles
         assert_bitwise_equal(verify(**values, **form), expected)
 
