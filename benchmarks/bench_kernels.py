@@ -45,7 +45,7 @@ NOTES = [
     " out), over the median. share_of_copy: moved_gb_s over copy_gb_s, reads and writes on both sides.",
     "bebop's kernels: logits already in the draft cache, one launch verifies; with early exit it reads less than all"
     " logits, and its share may pass 1. bebop in vLLM: all that the engine launches; drafting copies the logits to the"
-    " cache, two launches verify what one has gathered, another keeps the totals.",
+    " cache, three launches verify what one has gathered and keep the totals.",
     "Every implementation verifies the same drafts; accepted_per_request says that it was fed as it should be.",
     "left_out: peers that are absent or failed. errors: bebop's own failures.",
 ]

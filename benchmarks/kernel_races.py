@@ -3,7 +3,8 @@
 Before each repeat the scratch is filled with NaN or -7, and so are the outputs after it: a program that reads what
 another has not written yet would otherwise find the right number there, left by the repeat before. Every repeat of the
 sampler and of each form of the verifier is compared with the first, all numbers bit for bit; the tokens of one launch
-with those of two. Requests are mixed: none to three drafts, greedy and sampled, some one-hot, so that tiles exit early.
+with those of two. Requests are mixed: none to three drafts, greedy and sampled, some one-hot, so that programs exit
+early.
 """
 
 import dataclasses

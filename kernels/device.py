@@ -160,7 +160,7 @@ def load_tile(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, N
 
 @triton.jit
 def tile_ids(rows, is_read, first_block, vocab_size, SUB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The ids of what `load_tile` loads, and which of them there are.
+    """The ids of what `load_tile` loads, and which of them there are. Of rows [R], only the type of the logits counts.
 
     Shaped [1 or R, PARTS * NUM_BLOCKS, WIDTH], WIDTH being what the lanes of a warp load at once. The first parts of
     all sub-blocks come first, then the second ones: with these strides all parts of a sub-block fall to the same warp.

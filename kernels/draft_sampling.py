@@ -28,7 +28,15 @@ from vllm_bebop.kernels.arguments import (
 from vllm_bebop.kernels.device import NUM_STATISTICS
 from vllm_bebop.kernels.draft_kernel import sample_kernel
 from vllm_bebop.kernels.filters import NO_FILTERS, Filters
-from vllm_bebop.kernels.launch import PASS, SEARCH, TILE, partition, requests_per_program, tiles_per_program
+from vllm_bebop.kernels.launch import (
+    PASS,
+    SAMPLING_AT_ONCE,
+    SEARCH,
+    TILE,
+    partition,
+    requests_per_program,
+    tiles_per_program,
+)
 from vllm_bebop.kernels.philox import Stream
 from vllm_bebop.kernels.reference import DraftSample
 
@@ -159,7 +167,7 @@ def sample(
     per_program = requests_per_program(batch, tile * sub_block)
     cache_strides = (0, 0) if cache is None else cache.stride()[:2]
     num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
-    tiles_at_once = tiles_per_program(num_tiles, batch)
+    tiles_at_once = tiles_per_program(num_tiles, batch, SAMPLING_AT_ONCE)
 
     def launch(programs_per_row: int, *, filtered: bool) -> None:
         sample_kernel[(programs_per_row, groups)](

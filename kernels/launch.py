@@ -1,4 +1,5 @@
-"""How a row of logits is cut into sub-blocks, tiles and programs: by fixed numbers, so that results ignore the batch.
+"""How a row of logits is cut into sub-blocks and tiles, by fixed numbers, so that results ignore the batch; and who
+reads them: programs of which each takes more of a row, the more rows there are.
 
 Several requests may share a program: one on a GPU, thousands in Triton's interpreter, whose cost is per operation and
 not per element.
@@ -12,7 +13,7 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads at once
-PROGRAMS_AT_ONCE = 400  # of a pass over rows, that an H100 has room for
+SAMPLING_AT_ONCE, VERIFYING_AT_ONCE = 396, 528  # programs of each pass that an H100 has room for, by their registers
 RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
 RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
 MAX_REGISTERS = 128  # of 65,536 per processor: two programs of 8 warps
@@ -51,15 +52,13 @@ def partition(vocab_size: int) -> tuple[int, int]:
     return width, triton.cdiv(vocab_size, width)
 
 
-def tiles_per_program(num_tiles: int, num_rows: int) -> int:
+def tiles_per_program(num_tiles: int, num_rows: int, at_once: int) -> int:
     """How many tiles of a row one program reads, one after the other; results do not depend on it.
 
-    As many as let all programs run at once, or else all: whenever the programs of a processor give way to the next
+    As few as let all programs run at once, or else all: whenever the programs of a processor give way to the next
     ones, its share of the memory's bandwidth is idle for a while.
     """
-    wanted = triton.cdiv(num_tiles * num_rows, PROGRAMS_AT_ONCE)
-    programs_per_row = triton.cdiv(num_tiles, min(num_tiles, wanted))
-    return triton.cdiv(num_tiles, programs_per_row)
+    return triton.cdiv(num_tiles, min(num_tiles, max(1, at_once // num_rows)))
 
 
 def requests_per_program(batch: int, tile_size: int) -> int:

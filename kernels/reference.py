@@ -197,8 +197,8 @@ def verify_reference(
         filters: top-k, top-p and min-p of each request, applied to p (after the bitmask).
         draft_threshold: [B, max_drafts] float: the lowest of each row's draft_logits that counts, as returned by
             `sample_reference`; -inf or None where all do.
-        num_scheduled: [B] int64, drafts behind which the row of logits counts: where one more is accepted, it is the
-            output's last token.
+        num_scheduled: [B] int64, of num_draft_tokens, those with a row of logits behind them that may be served. Where
+            one more is accepted, it is the output's last token.
         dtype: compute dtype, fp32 or fp64.
         rule: `accept_one_by_one`, or `block_reference.accept_block`.
     Returns:

@@ -182,7 +182,8 @@ def store_residual_sums(
     """Reads one tile of R rows of p and of q and stores each sub-block's sum of max(0, p - q).
 
     sums: [R] pointers to each row's first sub-block; is_read, is_stored: [R], 0 is stored for what is not read.
-    A few sub-blocks at once, each for a warp or two: see `tile_ids`, of whose shape loads would not be wide here.
+    A few sub-blocks at once, each for a warp or two, as in `tile_ids`; flat, since from ids in that shape Triton would
+    not make 128-bit loads here.
     """
     NUM_BLOCKS: tl.constexpr = min(TILE, 4)
     WIDTH: tl.constexpr = min(SUB_BLOCK, LOAD_BITS // target_row.dtype.element_ty.primitive_bitwidth)

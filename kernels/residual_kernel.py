@@ -2,7 +2,7 @@
 
 A good draft is seldom rejected, but where it is, p and q are so alike that of a hundred requests a few come here. Most
 launches find one, or none; so there are no more programs than a GPU runs at once, each with a share of the requests,
-of which it finds those that wait by one look at their flags.
+whose flags it looks at together for the next one that waits.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Running totals over verifications: what drafting is worth, and the policy's entropy, at the cost of one small kernel.
+"""Running totals over verifications: what drafting is worth, and the policy's entropy, as a by-product on the device.
 
 Only what was served counts: of each request that had a draft whose q is known, the steps up to and including the
 first rejection. At those the drafts stand on accepted tokens only, so that in the mean overlap = accepted / drafts

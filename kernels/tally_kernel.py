@@ -59,7 +59,7 @@ def add_to_totals(
     entropy_ptr, overlap_ptr, argmax_prob_ptr, num_tokens_ptr, totals_ptr, batch, max_drafts, STEPS: tl.constexpr
 ):
     """By one program. STEPS: a power of two, more than max_drafts."""
-    REQUESTS: tl.constexpr = NUMBERS_AT_ONCE // STEPS
+    REQUESTS: tl.constexpr = max(1, NUMBERS_AT_ONCE // STEPS)
     steps = tl.arange(0, STEPS)[None, :]
     num_steps = max_drafts + 1
     planes = tl.arange(0, 8)[None, :]  # as in TOTALS, and two of zeros

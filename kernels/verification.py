@@ -51,6 +51,7 @@ from vllm_bebop.kernels.launch import (
     RESOLUTION,
     SEARCH,
     TILE,
+    VERIFYING_AT_ONCE,
     partition,
     requests_per_program,
     tiles_per_program,
@@ -154,14 +155,16 @@ def verify(
             with it draft_logsumexp is required.
         draft_ids: [B, max_drafts, C] int32 as stored by `find_candidates`: draft_logits is then [B, max_drafts, C], of
             these tokens alone, draft_argmax an index into them, and draft_logsumexp required.
-        num_scheduled: [B] int32 or int64, drafts behind which the row of logits counts, as `gather_drafts` returns it:
-            where one more is accepted, it is the output's last token (num_tokens).
+        num_scheduled: [B] int32 or int64, as `gather_drafts` returns it: of num_draft_tokens, those with a row of
+            logits behind them that may be served. Where one more is accepted, it is the output's last token
+            (num_tokens).
         block: accept drafts together instead of one by one (arXiv:2403.10444). They must have been drawn with `rounds`
             equal to `positions`. A step without a draft token and an empty target row end the block: see
             `block_reference`.
         single_launch: statistics, decision and resolution in one launch with early exit; not with a bitmask, filters or
             `block`, which have more launches whatever it says.
-        totals: [len(TOTALS), max_drafts + 1] fp64, contiguous: this verification is added, see `tally`.
+        totals: [len(TOTALS), max_drafts + 1] fp64, contiguous: this verification is added, see `tally`. Without
+            draft_argmax, its last row is NaN from then on.
         workspace: scratch to reuse; without it, it is allocated.
     Returns:
         Verification in fp32. Statistics of rows past num_accepted (past the first rejection) are NaN, and NaN or empty
@@ -223,7 +226,7 @@ def verify(
     per_program = requests_per_program(batch, tile * sub_block)
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
-    tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1))
+    tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1), VERIFYING_AT_ONCE)
 
     def launch(
         programs_per_row: int,
@@ -323,9 +326,9 @@ def verify(
     if not single_launch:
         launch(1, 1, RESOLUTION, resolution=True)
     if max_drafts > 0:
-        tile = min(RESIDUAL_TILE, tile)
-        num_tiles = triton.cdiv(num_blocks, tile)
-        residual_kernel[(num_tiles, min(groups, max(1, RESIDUAL_PROGRAMS // num_tiles)))](
+        residual_tile = min(RESIDUAL_TILE, tile)
+        residual_tiles = triton.cdiv(num_blocks, residual_tile)
+        residual_kernel[(residual_tiles, min(groups, max(1, RESIDUAL_PROGRAMS // residual_tiles)))](
             target_logits,
             target_logits.stride(0),
             target_logits.shape[0],
@@ -364,7 +367,7 @@ def verify(
             num_blocks,
             FILTERED=filters.are_asked_for,
             SUB_BLOCK=sub_block,
-            TILE=tile,
+            TILE=residual_tile,
             PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
             PADDED_STEPS=triton.next_power_of_2(max_drafts + 1),
             REQUESTS=per_program,

@@ -24,9 +24,8 @@ SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each program that di
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch", "tiles_per_program"),
-    ],
+    do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"]
+    + ["tiles_per_program"],
     do_not_specialize_on_alignment=["slots_ptr"],  # vLLM may hand over a part of a batch
 )
 def verify_kernel(
@@ -161,8 +160,8 @@ def verify_kernel(
         if tl.max(is_wanted.to(tl.int32), axis=0) > 0:
             arrival = 1
             summarize_tiles(
-                logits, target_row, bitmask_ptr, bitmask_row, None, None, is_read, is_row, inverse_target, first_tile,
-                end_tile, target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
+                logits, target_row, bitmask_ptr, bitmask_row, None, None, is_read & is_wanted, is_row, inverse_target,
+                first_tile, end_tile, target_statistics, plane, num_blocks, vocab_size, SUB_BLOCK, TILE,
             )  # fmt: skip
             if draft_ptr is not None and draft_logsumexp_ptr is None:
                 is_read_draft = has_draft & ~is_point_mass

@@ -26,7 +26,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),  # in a process of its own: kernels ask PyTorch whether it is AMD's
 }
-MAX_INSTRUCTIONS = 15  # per logit: at 3 TB/s in bf16, an H100 has time for 20
+MAX_INSTRUCTIONS = 15  # per logit of a loop over tiles: at 3 TB/s in bf16, an H100 has time for 20
+MAX_AROUND_IT = 320  # of a thread, where its program begins and ends
 BF16 = ["logits", "cache", "kept", "target", "draft"]
 INT64 = ["seeds", "positions", "token_ids", "argmax_ids", "cache_argmax", "draft_argmax", "tokens", "num_drafts"]
 INT64 += ["num_accepted", "num_nan", "num_empty", "step", "rounds", "cache_token_ids", "cache_positions"]
@@ -170,11 +171,11 @@ def verification(target: str, options: dict, *parts: str, absent: tuple[str, ...
     return compile_kernel(verify_kernel, target, options, absent, **constants, **others)
 
 
-def residual(target: str, absent: tuple[str, ...] = PLAIN):
+def residual(target: str, absent: tuple[str, ...] = PLAIN, **sizes: int):
     from vllm_bebop.kernels.residual_kernel import residual_kernel
 
     absent = tuple(name for name in absent if f"{name}_ptr" in residual_kernel.arg_names)
-    constants = {"FILTERED": absent == (), "TILE": launch.RESIDUAL_TILE, "PADDED_STEPS": 4}
+    constants = {"FILTERED": absent == (), "TILE": launch.RESIDUAL_TILE, "PADDED_STEPS": 4} | sizes
     return compile_kernel(residual_kernel, target, launch.RESIDUAL, absent, **constants)
 
 
@@ -209,6 +210,7 @@ KERNELS = {
     "residual": residual,
     "resolution of candidates": lambda target: verification(target, launch.RESOLUTION, "RESOLUTION", absent=CANDIDATES),
     "resolution with everything": lambda target: verification(target, launch.RESOLUTION, "RESOLUTION", absent=()),
+    "residual of one draft": lambda target: residual(target, absent=("totals", *PLAIN), **ONE_DRAFT),
     "residual with everything": lambda target: residual(target, absent=()),
     "block": lambda target: verification(target, launch.BLOCK, "BLOCK", "RESOLUTION"),
     "block with everything": lambda target: verification(target, launch.BLOCK, "BLOCK", "RESOLUTION", absent=()),
@@ -263,6 +265,7 @@ def test_a_pass_over_logits_has_few_instructions(tmp_path, name: str) -> None:
     per_logit = (of_two - of_one_tile) / per_thread  # of the loop, without a program's beginning and end
     print(f"{name}: {per_logit:.1f} instructions per logit, {of_one_tile} in all for one tile", file=sys.stderr)
     assert 8 < per_logit <= MAX_INSTRUCTIONS
+    assert 2 * of_one_tile - of_two <= MAX_AROUND_IT
 
 
 COMPILED_ON_AMD = """

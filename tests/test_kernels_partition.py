@@ -9,7 +9,7 @@ import triton
 from tests.support.kernels import DEVICE, INF, NAN, RUNS_HERE, assert_bitwise_equal, run_on_the_cpu, runs_kernels
 from tests.support.requests import select_output
 from tests.support.sampling import arguments, sample
-from tests.support.verification import case, in_every_form, select, verify, with_draft_statistics
+from tests.support.verification import case, choose_filters, in_every_form, select, verify, with_draft_statistics
 from vllm_bebop.kernels import reference
 from vllm_bebop.kernels.filters import Filters
 
@@ -51,14 +51,14 @@ def with_care(rows: torch.Tensor) -> torch.Tensor:
 
 @runs_kernels
 def test_sample_does_not_depend_on_how_many_tiles_a_program_reads(monkeypatch) -> None:
-    from vllm_bebop.kernels import launch
+    from vllm_bebop.kernels import draft_sampling, launch
 
     values = arguments(6, FOUR_TILES, torch.bfloat16)
     with_care(values["logits"])
     caches = []
-    for enough, tiles in ((launch.PROGRAMS_AT_ONCE, 1), (12, 2), (1, 4)):
-        monkeypatch.setattr(launch, "PROGRAMS_AT_ONCE", enough)
-        assert launch.tiles_per_program(4, 6) == tiles
+    for at_once, tiles in ((launch.SAMPLING_AT_ONCE, 1), (12, 2), (1, 4)):
+        monkeypatch.setattr(draft_sampling, "SAMPLING_AT_ONCE", at_once)
+        assert launch.tiles_per_program(4, 6, at_once) == tiles
         caches.append(torch.full((6, 1, FOUR_TILES), NAN, dtype=torch.bfloat16, device=DEVICE))
         out = sample(*values.values(), cache=caches[-1], step=torch.tensor(0, device=DEVICE))
         if tiles == 1:
@@ -78,39 +78,44 @@ def test_verify_does_not_depend_on_the_batch(monkeypatch, form: dict) -> None:
     assert_bitwise_equal(verify(**select(values, order), **form), select_output(out, order))
     part = list(range(3, 6))
     assert_bitwise_equal(verify(**select(values, part), **form), select_output(out, part))
-    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that tiles exit early
+    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program, so that programs exit early
     assert_bitwise_equal(verify(**values, **form), out)
 
 
 @runs_kernels
 @in_every_form
-@pytest.mark.parametrize("keeps_draft_statistics", [False, True])
-def test_verify_does_not_depend_on_how_many_tiles_a_program_reads(
-    monkeypatch, form: dict, keeps_draft_statistics: bool
-) -> None:
-    from vllm_bebop.kernels import launch
+@pytest.mark.parametrize("what", ["draft rows too", "draft statistics kept", "a grammar"])
+def test_verify_does_not_depend_on_how_many_tiles_a_program_reads(monkeypatch, form: dict, what: str) -> None:
+    from vllm_bebop.kernels import launch, verification
 
-    values = case(4, 1, FOUR_TILES, torch.bfloat16)
+    values = case(8 if what == "a grammar" else 4, 1, FOUR_TILES, torch.bfloat16)
     with_care(values["target_logits"])
-    if keeps_draft_statistics:
+    if what != "draft rows too":
         values = with_draft_statistics(values)
+    if what == "a grammar":
+        values = choose_filters(values, ["bitmask"])
     expected = verify(**values, **form)
-    for enough, tiles in ((16, 2), (1, 4)):
-        monkeypatch.setattr(launch, "PROGRAMS_AT_ONCE", enough)
-        assert launch.tiles_per_program(4, 8) == tiles
+    num_rows = 2 * len(values["seeds"])
+    for at_once, tiles in ((2 * num_rows, 2), (1, 4)):
+        monkeypatch.setattr(verification, "VERIFYING_AT_ONCE", at_once)
+        assert launch.tiles_per_program(4, num_rows, at_once) == tiles
         assert_bitwise_equal(verify(**values, **form), expected)
 
 
 @runs_kernels
-def test_verify_does_not_depend_on_how_many_programs_draw_from_residuals(monkeypatch) -> None:
-    """All who were rejected wait for them; with one program they are more than it looks at together."""
-    from vllm_bebop.kernels import verification
+@pytest.mark.parametrize(("batch", "vocab_size", "least"), [(140, 100, 40), (12, 8192 + 17, 4)])
+def test_verify_does_not_depend_on_how_many_programs_draw_from_residuals(
+    monkeypatch, batch: int, vocab_size: int, least: int
+) -> None:
+    """All who were rejected wait for them: more than a program looks at together, and rows of several tiles."""
+    from vllm_bebop.kernels import launch, verification
 
     monkeypatch.setattr(reference, "NUM_THINNING_ROUNDS", 0)
-    values = with_draft_statistics(case(140, 2, 100))
+    monkeypatch.setattr(launch, "INTERPRETER_ELEMENTS", 1)  # one request per program
+    values = with_draft_statistics(case(batch, 2, vocab_size))
     expected = verify(**values)
-    assert (expected.num_accepted < values["num_draft_tokens"]).sum() > 40
-    for programs in (1, 3):
+    assert (expected.num_accepted < values["num_draft_tokens"]).sum() > least
+    for programs in (1, 7):
         monkeypatch.setattr(verification, "RESIDUAL_PROGRAMS", programs)
         assert_bitwise_equal(verify(**values), expected)
 

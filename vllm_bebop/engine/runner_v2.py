@@ -14,7 +14,7 @@ verified on its processed logits. vLLM decides which it is on the host, by a fla
 Drafts are filtered like the target (upstream's are not): what the target cannot say would only be rejected.
 
 Around the kernels there are next to no operations on small tensors, each of which is a launch: `gather_drafts` prepares
-a verification in one, and drafting needs none.
+a verification in one, and drafting needs none (two a step where drafts are verified as a block).
 
 The argument lists of these methods differ between versions of vLLM, so each replacement takes them by name, in a dict;
 engine/versions.py says which names it needs.
@@ -154,6 +154,7 @@ def upgrade_sampling(runner: Any, config: BebopConfig) -> torch.Tensor | None:
     states.bebop_seeds, states.bebop_is_new = seed_source(runner), False
     states.bebop_returns_mask = getattr(sampler, "return_sampling_mask", False)  # of top-k and top-p, since 0.29
     _compile_ahead(runner)
+    totals.zero_()  # without a draft cache, made-up drafts count
     return totals
 
 
@@ -287,7 +288,7 @@ def _verified(
     cut_input_ids: torch.Tensor | None = None,
     totals: torch.Tensor | None = None,
 ) -> Verification:
-    """The verification of what each request's slot drafted; no more tokens than it has rows of logits."""
+    """The verification of what each request's slot drafted; it counts no more tokens than there are rows of logits."""
     states = sampler.sampling_states
     kept = {}
     if ours.cache is not None:
