@@ -10,12 +10,11 @@ demo: setup
 TEST_PROCESSES = $(if $(shell nvidia-smi 2>/dev/null),1,2)
 # Each has its share of the cores: with more threads than cores, those of so small models mostly wait for each other.
 TEST_THREADS = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + $(TEST_PROCESSES) - 1 \) / $(TEST_PROCESSES))
-# Files in their order: by number of tests, the longest would come last, and alone.
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=$(TEST_THREADS) .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=$(TEST_THREADS) .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup
