@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support import target
-from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine
+from tests.support.engines import BEBOP, HOWS, TINY_MODEL, accepted_per_position, engine, probe
 from tests.support.totals import assert_totals
 
 PROMPT, NUM_TOKENS, TEMPERATURE = "The module provides ", 52, 1.3  # at 52, a round of this seed ends
@@ -28,6 +28,13 @@ def served():
 def test_totals_begin_at_zero(served):
     before = served[0]
     assert len(before) == 1 and {sum(row) for row in before[0].values()} == {0.0}
+
+
+def test_totals_begin_at_zero_without_a_draft_cache():
+    """Model runner V2 compiles ahead by verifying made-up drafts, which count if any draft may."""
+    totals = probe("tests.support.v2_target_only_probe", use_v2=True, how=HOWS[0])
+    assert {sum(row) for row in totals["before"].values()} == {0.0}
+    assert sum(totals["after"]["tokens"]) >= 11  # of 12; the first comes from no drafting round
 
 
 def test_totals_agree_with_vllm_and_with_themselves(served):
