@@ -68,7 +68,8 @@ def residual_kernel(
 ):
     """Grid (tiles, any number of programs), over which the groups of REQUESTS requests are dealt out in turn.
 
-    One program also adds the verification, of which all but these tokens is known by now, to the totals.
+    The last program also adds the verification, of which all but these tokens is known by now, to the totals: any one
+    would do, and the last is the likeliest to have no request.
     """
     GROUPS: tl.constexpr = max(1, FLAGS_AT_ONCE // REQUESTS)
     tile = tl.program_id(0)
