@@ -76,21 +76,21 @@ def draw_last_token(
     inverse_draft,
     seed,
     position,
+    num_thinning_rounds,
     vocab_size,
-    NUM_THINNING_ROUNDS: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr,
 ):
     """The token after the accepted ones [R], and whether thinning gave up on it.
 
     Every request draws from p. Where the token must come from max(0, p - q), a draw x is dropped with probability
-    min(1, q(x) / p(x)) and drawn anew, NUM_THINNING_ROUNDS times at most: see `reference._sample_residual`. Four draws
+    min(1, q(x) / p(x)) and drawn anew, num_thinning_rounds times at most: see `reference._sample_residual`. Four draws
     are made at once, [R, N, 4]: one after the other, each would wait for memory three times.
     """
     blocks, places = tl.arange(0, PADDED_BLOCKS)[None, :], tl.arange(0, SUB_BLOCK)[None, :]
     block_stream = tl.where(from_residual, THINNING_BLOCK, TARGET_BLOCK)[:, None]
     token_stream = tl.where(from_residual, THINNING_TOKEN, TARGET_TOKEN)[:, None]
-    num_attempts = tl.where(from_residual, NUM_THINNING_ROUNDS, 1)
+    num_attempts = tl.where(from_residual, num_thinning_rounds, 1)
     token = tl.zeros_like(rejected)
     is_pending, is_dropped = in_batch & (num_attempts > 0), from_residual
     first = 0

@@ -25,7 +25,7 @@ SKIPPED = tl.constexpr(2**16)  # added to a row's ticket by each program that di
 
 @triton.jit(
     do_not_specialize=["num_target_rows", "num_cached", "target_is_processed", "plane", "row_plane", "batch"]
-    + ["tiles_per_program"],
+    + ["tiles_per_program", "num_thinning_rounds"],
     do_not_specialize_on_alignment=["slots_ptr"],  # vLLM may hand over a part of a batch
 )
 def verify_kernel(
@@ -81,12 +81,12 @@ def verify_kernel(
     vocab_size,
     num_blocks,
     tiles_per_program,
+    num_thinning_rounds,
     STATISTICS: tl.constexpr,
     DECISION: tl.constexpr,
     RESOLUTION: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERED: tl.constexpr,
-    NUM_THINNING_ROUNDS: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr,
@@ -301,7 +301,7 @@ def verify_kernel(
                 token, is_dropped = draw_last_token(
                     target_row, bitmask_ptr, bitmask_row, threshold, draft_row, draft_ids, draft_threshold, in_batch,
                     is_read, from_residual, rejected, is_point_mass, is_greedy, block_logsumexp, logsumexp_p,
-                    logsumexp_q, inverse_target, inverse_draft, seed, position, vocab_size, NUM_THINNING_ROUNDS,
+                    logsumexp_q, inverse_target, inverse_draft, seed, position, num_thinning_rounds, vocab_size,
                     SUB_BLOCK, PADDED_BLOCKS,
                 )  # fmt: skip
                 tl.store(unresolved_ptr + request, is_dropped.to(tl.int32), mask=in_batch)

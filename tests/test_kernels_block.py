@@ -127,7 +127,7 @@ def test_verify_block_equals_reference_on_processed_logits_and_ties(no_draft_log
     [
         (64, 63, torch.float32, ["bitmask", "min_p", "top_k", "top_p"]),
         (64, 1100, torch.float16, ["bitmask"]),
-        (8, 9000, torch.bfloat16, ["top_k", "top_p"]),
+        (8, 8192 + 17, torch.bfloat16, ["top_k", "top_p"]),
     ],
 )
 def test_verify_block_equals_reference_with_filters(batch: int, vocab_size: int, dtype, filters: list[str]) -> None:
@@ -161,9 +161,9 @@ def test_verify_block_has_one_form() -> None:
 @runs_kernels
 def test_verify_block_reuses_a_workspace() -> None:
     """Also after and before the other rule."""
-    workspace = poisoned(24, 3, 300)
-    for batch, max_drafts in ((24, 3), (3, 1)):
-        values = case(batch, max_drafts, 300, seed=batch)
+    workspace = poisoned(24, 3, 600)
+    for batch, max_drafts in ((24, 3), (3, 2)):
+        values = case(batch, max_drafts, 600, seed=batch)
         expected, expected_one_by_one = verify(**values), verify_by_any_rule(**values)
         assert_bitwise_equal(verify(**values, workspace=workspace), expected)
         assert not workspace.row_tickets.any() and not workspace.request_tickets.any()

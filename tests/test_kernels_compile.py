@@ -167,7 +167,7 @@ def verification(target: str, options: dict, *parts: str, absent: tuple[str, ...
     from vllm_bebop.kernels.verification_kernel import verify_kernel
 
     constants = {name: name in parts for name in ("STATISTICS", "DECISION", "RESOLUTION", "BLOCK")}
-    others = {"FILTERED": "top_k" not in absent, "NUM_THINNING_ROUNDS": 8, "PADDED_STEPS": 4} | sizes
+    others = {"FILTERED": "top_k" not in absent, "PADDED_STEPS": 4} | sizes
     return compile_kernel(verify_kernel, target, options, absent, **constants, **others)
 
 

@@ -53,9 +53,10 @@ test_on_the_cpu.__test__ = not RUNS_HERE
 
 
 def assert_equals_reference(values: dict, **options) -> Verification:
-    """Both forms against the reference; returns the output of the two-launch form."""
+    """Both forms, where there are two, against the reference; returns the output of the two-launch form."""
     ours = verify(**values, **options)
-    assert_equal_from_both_forms(verify(**values, **options, single_launch=True), ours)
+    if "filters" not in values:
+        assert_equal_from_both_forms(verify(**values, **options, single_launch=True), ours)
 
     known = {name: value for name, value in values.items() if name not in ("draft_logsumexp", "draft_argmax")}
     eager = verify_reference(**known, **options)
@@ -143,10 +144,10 @@ def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: b
         (64, 63, torch.float32, ["bitmask", "min_p", "top_k", "top_p"], 8),
         (64, 1100, torch.float16, ["bitmask"], 8),
         (64, 1100, torch.bfloat16, ["min_p"], 8),
-        (64, 3000, torch.bfloat16, ["top_k"], 8),
-        (64, 3000, torch.float32, ["top_p"], 8),
+        (64, 1100, torch.bfloat16, ["top_k"], 8),
+        (64, 1100, torch.float32, ["top_p"], 8),
         (64, 1100, torch.float32, ["bitmask", "min_p", "top_k"], 0),
-        (16, 9000, torch.bfloat16, ["bitmask", "top_k", "top_p"], 8),
+        (12, 8192 + 17, torch.bfloat16, ["bitmask", "top_k", "top_p"], 8),
     ],
 )
 def test_verify_equals_reference_with_filters(
@@ -158,7 +159,7 @@ def test_verify_equals_reference_with_filters(
     out = assert_equals_reference(chosen)
     assert not torch.equal(out.token_ids, verify(**values).token_ids)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1)).tolist()
-    assert_bitwise_equal(verify(**select(chosen, order)), select_output(out, order))
+    assert_bitwise_equal(verify(**select(chosen, order), single_launch=True), select_output(out, order))
 
 
 @runs_kernels
@@ -203,7 +204,7 @@ def test_verify_reads_rows_at_any_stride(form: dict) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize(("max_drafts", "step"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize(("max_drafts", "step"), [(2, 0), (3, 1)])
 def test_verify_edge_cases(max_drafts: int, step: int) -> None:
     assert_edge_case(assert_equals_reference(edge_case(max_drafts, step)), max_drafts, step)
 
@@ -218,9 +219,9 @@ def test_verify_of_nothing(form: dict) -> None:
 @runs_kernels
 @pytest.mark.parametrize("single_launch", [False, True])
 def test_verify_reuses_a_workspace(single_launch: bool) -> None:
-    workspace = poisoned(40, 4, 300)
-    for batch, max_drafts in ((24, 3), (40, 4), (3, 1)):
-        values = case(batch, max_drafts, 300, seed=batch)
+    workspace = poisoned(40, 3, 100)
+    for batch, max_drafts in ((24, 3), (40, 3), (3, 2)):
+        values = case(batch, max_drafts, 100, seed=batch)
         reused = verify(**values, workspace=workspace, single_launch=single_launch)
         assert not workspace.row_tickets.any() and not workspace.request_tickets.any()
         assert (workspace.first_rejected == 2**30).all()
@@ -273,8 +274,7 @@ def test_looking_for_races_finds_numbers_that_come_too_late(monkeypatch, number)
 
 
 @runs_kernels
-@pytest.mark.parametrize("single_launch", [False, True])
-@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("integers", "single_launch"), [(torch.int32, False), (torch.int64, True)])
 def test_verify_by_slot(integers: torch.dtype, single_launch: bool) -> None:
     """Per-slot tensors, rows in any place, other integer types, and padding rows."""
     values = with_draft_statistics(case(16, 3, 513))
@@ -360,9 +360,8 @@ def test_verify_counts_tokens_of_what_was_scheduled(form: dict) -> None:
     scheduled = (values["num_draft_tokens"] - torch.arange(64, device=DEVICE) % 2).clamp(min=0)
     expected = torch.minimum(out.num_accepted, scheduled) + 1
     assert (expected <= out.num_accepted).sum() >= 5
-    for integers in (torch.int32, torch.int64):
-        cut = verify(**values, **form, num_scheduled=scheduled.to(integers))
-        assert_bitwise_equal(cut, dataclasses.replace(out, num_tokens=expected.int()))
+    cut = verify(**values, **form, num_scheduled=scheduled.to(torch.int64 if form else torch.int32))
+    assert_bitwise_equal(cut, dataclasses.replace(out, num_tokens=expected.int()))
     if "single_launch" not in form:
         rule = {"rule": accept_block} if form else {}
         eager = verify_reference(**values, **rule, num_scheduled=scheduled)

@@ -156,6 +156,7 @@ def edge_case(max_drafts: int, step: int) -> dict:
         "temperature": torch.full((batch,), 0.8, device=DEVICE),
         "seeds": torch.arange(batch, device=DEVICE),
         "positions": torch.full((batch,), 9, device=DEVICE),
+        "one_hot": torch.zeros(batch, dtype=torch.bool, device=DEVICE),
     }
 
 
