@@ -4,12 +4,14 @@ Before each repeat the scratch is filled with NaN or -7, and so are the outputs 
 another has not written yet would otherwise find the right number there, left by the repeat before. Every repeat of the
 sampler and of each form of the verifier is compared with the first, all numbers bit for bit; the tokens of one launch
 with those of two. Requests are mixed: none to three drafts, greedy and sampled, some one-hot, so that programs exit
-early.
+early; some rows hold NaN, or numbers that take a second pass. Without thinning every rejected request draws from its
+residual.
 """
 
-import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,16 +20,19 @@ from tqdm import tqdm
 BATCH, NUM_DRAFTS = 64, 3
 VOCAB_SIZES = (151_936, 20_000)
 CHUNK = 1000  # replays queued at once
-RUNS = "draft", "verify, two launches", "verify, single launch", "verify, block", "verify, filters"
-DRAFT, TWO_LAUNCHES, SINGLE_LAUNCH, BLOCK, FILTERS = RUNS
+DRAFT, TWO_LAUNCHES, SINGLE_LAUNCH = "draft", "verify, two launches", "verify, single launch"
+BLOCK, FILTERS, WITHOUT_THINNING = "verify, block", "verify, filters", "verify, without thinning"
+RUNS = DRAFT, TWO_LAUNCHES, SINGLE_LAUNCH, BLOCK, FILTERS, WITHOUT_THINNING
 # Of a workspace. They carry over from launch to launch, by design.
 COUNTERS = ("tickets", "row_tickets", "request_tickets", "first_rejected")
 
 
 def mixed_step(vocab_size: int, device: str) -> tuple[dict[str, Callable[[], Any]], list[Any]]:
     """The launches to repeat, each returning its result, and the workspaces that they use."""
+    from vllm_bebop.kernels import reference
     from vllm_bebop.kernels.draft_sampling import SamplingWorkspace, sample
     from vllm_bebop.kernels.filters import Filters
+    from vllm_bebop.kernels.tally import TOTALS
     from vllm_bebop.kernels.verification import VerificationWorkspace, verify
 
     generator = torch.Generator(device).manual_seed(0)
@@ -38,6 +43,8 @@ def mixed_step(vocab_size: int, device: str) -> tuple[dict[str, Callable[[], Any
     requests = torch.arange(BATCH, device=device)
     draft = randn(BATCH, NUM_DRAFTS).mul_(3).to(torch.bfloat16)
     target = torch.cat([draft.float(), 3 * randn(BATCH, 1)], dim=1) + 0.7 * randn(BATCH, NUM_DRAFTS + 1)
+    for logits in (draft, target):
+        logits[5::16, :, vocab_size // 2 :: 7], logits[6::16, :, vocab_size // 3] = float("nan"), 3e30
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.3], device=device)[requests // 2 % 4].contiguous()
     positions = torch.full_like(requests, 100)
     logsumexp = torch.empty(BATCH, NUM_DRAFTS, device=device)
@@ -69,15 +76,24 @@ def mixed_step(vocab_size: int, device: str) -> tuple[dict[str, Callable[[], Any
 
     filters = Filters(top_k=requests.int() % 3 * 20, top_p=1 - 0.05 * (requests % 4).float())  # 0 and 1: none
 
-    def verification(**form: Any) -> Any:
-        return verify(*arguments, temperature, requests, positions, **options, **form)
+    def drafting() -> Any:
+        cache, first = torch.empty_like(draft[:, :1]), torch.zeros((), dtype=torch.int64, device=device)
+        out = sample(draft[:, 0], temperature, requests, positions, cache=cache, step=first, workspace=sampling)
+        return SimpleNamespace(**vars(out), cache=cache)
+
+    def verification(thinning_rounds: int = reference.NUM_THINNING_ROUNDS, **form: Any) -> Any:
+        totals = torch.zeros(len(TOTALS), NUM_DRAFTS + 1, dtype=torch.float64, device=device)
+        with mock.patch.object(reference, "NUM_THINNING_ROUNDS", thinning_rounds):
+            out = verify(*arguments, temperature, requests, positions, **options, totals=totals, **form)
+        return SimpleNamespace(**vars(out), totals=totals)
 
     runs = {
-        DRAFT: lambda: sample(draft[:, 0], temperature, requests, positions, workspace=sampling),
+        DRAFT: drafting,
         TWO_LAUNCHES: verification,
         SINGLE_LAUNCH: lambda: verification(single_launch=True),
         BLOCK: lambda: verification(block=True),
         FILTERS: lambda: verification(filters=filters),
+        WITHOUT_THINNING: lambda: verification(thinning_rounds=0),
     }
     return runs, [sampling, verifying]
 
@@ -110,10 +126,12 @@ def on_spoiled_scratch(run: Callable[[], Any], workspaces: list[Any]) -> Callabl
 
 
 def as_integers(result: Any) -> Tensor:
-    """Every field of a result, floats by their bits (NaN as one of them), in one int64 tensor."""
-    fields = [getattr(result, field.name) for field in dataclasses.fields(result)]
+    """Every tensor of a result, floats by their bits (NaN as one of them), in one int64 tensor."""
     return torch.cat(
-        [(x.nan_to_num(nan=-1.0).view(torch.int32) if x.is_floating_point() else x).flatten().long() for x in fields]
+        [
+            (x.nan_to_num(nan=-1.0).view(torch.int32) if x.is_floating_point() else x).flatten().long()
+            for x in vars(result).values()
+        ]
     )
 
 
@@ -147,7 +165,7 @@ def races(vocab_size: int, device: str, repeats: int) -> dict[str, int]:
         expected = run()
         if name == SINGLE_LAUNCH:
             tokens = {field: getattr(of_two_launches, field) for field in ("token_ids", "num_accepted")}
-            expected = dataclasses.replace(expected, **tokens)
+            expected = SimpleNamespace(**vars(expected) | tokens)
         bits = on_spoiled_scratch(run, workspaces)
         mismatches[name] = count_mismatches(bits, as_integers(expected), repeats, f"V={vocab_size}: {name}")
     return mismatches

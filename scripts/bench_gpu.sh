@@ -39,7 +39,7 @@ if [ ${#steps[@]} -eq 0 ]; then
   steps=(selftest tests kernels loss races sanitize plot)
   [ ${#quick[@]} -eq 0 ] || steps=(kernels loss selftest races plot)
 fi
-declare -A quick_minutes=([kernels]=4 [loss]=1.75 [selftest]=1.25 [races]=1.5 [plot]=0.25)
+declare -A quick_minutes=([kernels]=4 [loss]=1.75 [selftest]=1.25 [races]=1.75 [plot]=0.25)
 
 limit() { timeout --kill-after=10 "$1m" "${@:2}"; } # MINUTES COMMAND ...
 
