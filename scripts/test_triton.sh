@@ -15,7 +15,7 @@ if [ $# = 0 ]; then
     emulate $capability
   done
 fi
-for version in ${@:-3.6.0 3.8.0}; do
+for version in ${@:-3.6.0 3.8.0 3.9.0}; do
   folder=.venv/triton/$version
   if [ ! -d "$folder" ]; then
     .venv/bin/python -m pip install --quiet --no-deps --target "$folder.new" "triton==$version"

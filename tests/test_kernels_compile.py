@@ -289,7 +289,9 @@ def test_kernels_for_amd_do_not_spill_and_wait_for_their_stores_before_a_ticket(
     tickets = [i for i, step in enumerate(steps) if step == "global_atomic_add"]
     assert len(tickets) == 3  # one to draw; one of a row, one of a request
     for ticket in tickets:
-        assert [step.split()[0] for step in steps[ticket - 2 : ticket]] == ["ASMSTART", "s_barrier"]
+        before = [step.split()[0] for step in steps[ticket - 3 : ticket]]
+        # Triton 3.9 puts a second barrier there.
+        assert before[1:] == ["ASMSTART", "s_barrier"] or before == ["ASMSTART", "s_barrier", "s_barrier"]
 
 
 def test_no_global_of_a_kernel_is_nan() -> None:
