@@ -10,14 +10,13 @@ demo: setup
 TEST_PROCESSES = $(if $(shell nvidia-smi 2>/dev/null),1,2)
 # Each has its share of the cores: with more threads than cores, those of so small models mostly wait for each other.
 TEST_THREADS = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + $(TEST_PROCESSES) - 1 \) / $(TEST_PROCESSES))
-# Or one process would end with what takes minutes while the other has nothing left.
-LONGEST_FIRST = $(wildcard tests/test_kernels_*.py) tests
+# Files in the order of their names: by their number of tests, those that take minutes for two of them would come last.
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	OMP_NUM_THREADS=$(TEST_THREADS) .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile \
-		--no-loadscope-reorder $(LONGEST_FIRST)
+		--no-loadscope-reorder
 
 # The engine tests on other versions of vLLM, candidates for the table in vllm_bebop/engine/versions.py.
 test-versions: setup

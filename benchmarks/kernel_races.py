@@ -4,8 +4,8 @@ Before each repeat the scratch is filled with NaN or -7, and so are the outputs 
 another has not written yet would otherwise find the right number there, left by the repeat before. Every repeat of the
 sampler and of each form of the verifier is compared with the first, all numbers bit for bit; the tokens of one launch
 with those of two. Requests are mixed: none to three drafts, greedy and sampled, some one-hot, so that programs exit
-early; some rows hold NaN, or numbers that take a second pass. Without thinning every rejected request draws from its
-residual.
+early; some rows hold NaN or huge numbers, which take a second pass. Without thinning every rejected request that is
+sampled draws from its residual.
 """
 
 from collections.abc import Callable

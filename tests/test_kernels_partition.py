@@ -134,7 +134,7 @@ def test_verify_does_not_depend_on_how_many_programs_draw_from_residuals(
 @pytest.mark.parametrize("block", [False, True])
 def test_verify_does_not_depend_on_filters_of_others(block: bool) -> None:
     """A neighbour's top-k and top-p change neither a token nor the last bit of a statistic."""
-    vocab_size = 8192 + 17 if INTERPRETED else 151_936  # where it takes the interpreter a minute
+    vocab_size = 8192 + 17 if INTERPRETED else 151_936  # which takes the interpreter a minute
     values = with_draft_statistics(case(9, 2, vocab_size, torch.bfloat16))
     asks = torch.arange(9, device=DEVICE) % 3 == 0
     filters = Filters(top_k=asks.int() * 50, top_p=torch.where(asks, 0.8, 1.0))

@@ -147,7 +147,7 @@ def test_verify_equals_reference_on_processed_logits_and_ties(no_draft_logits: b
         (64, 1100, torch.bfloat16, ["top_k"], 8),
         (64, 1100, torch.float32, ["top_p"], 8),
         (64, 1100, torch.float32, ["bitmask", "min_p", "top_k"], 0),
-        (12, 8192 + 17, torch.bfloat16, ["bitmask", "top_k", "top_p"], 8),
+        (16, 8192 + 17, torch.bfloat16, ["bitmask", "top_k", "top_p"], 8),
     ],
 )
 def test_verify_equals_reference_with_filters(

@@ -32,10 +32,12 @@ def v1():
         return json.loads(json.dumps(answers(llm)))
 
 
-@pytest.fixture(scope="module")
-def both(v2, v1):
-    """What V2 answers, and what V1 does."""
-    return v2["answers"], v1
+@pytest.fixture(scope="module", params=["asynchronous", "synchronous"])
+def both(v2, v1, request):
+    """What V2 answers, with and without asynchronous scheduling, and what V1 does."""
+    answered = v2 if request.param == "asynchronous" else v2["synchronous"]
+    assert answered["is_asynchronous"] == (request.param == "asynchronous")
+    return answered["answers"], v1
 
 
 def test_v2_is_what_ran(v2):

@@ -1,8 +1,9 @@
 """What model runner V2 does under bebop, for a test to read: `python -m tests.support.v2_probe`.
 
 V2 is chosen by the environment before vLLM is imported, and without a GPU its kernels are interpreted or emulated:
-hence a process of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them; tokens
-and log-probabilities of both samplers (the fused kernels and the reference); which kernels were compiled, and when.
+hence a process of its own. Prints one JSON line: answers to requests of every kind, as `answers` asks for them, also
+without asynchronous scheduling; tokens and log-probabilities of both samplers (the fused kernels and the reference);
+which kernels were compiled, and when.
 """
 
 import json
@@ -143,6 +144,7 @@ def both_samplers() -> dict[str, Any]:
         result["backend"] = inside.speculator.bebop.backend.name
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
         result["compiled"] = {"at the start": list(compiled)}
+        result["is_asynchronous"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         result["answers"] = answers(llm)
         asked = SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=list(SCORED_IDS), **FILTERS)
         (output,) = llm.generate(PROMPTS[:1], asked, use_tqdm=False)
@@ -159,6 +161,12 @@ def both_samplers() -> dict[str, Any]:
                 )  # fmt: skip
         result["compiled"]["while serving"] = compiled[len(result["compiled"]["at the start"]) :]
     return result
+
+
+def without_asynchronous_scheduling() -> dict[str, Any]:
+    with engine(BEBOP, **OPTIONS, async_scheduling=False) as llm:
+        is_asynchronous = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        return {"synchronous": {"is_asynchronous": is_asynchronous, "answers": answers(llm)}}
 
 
 def note_compilations() -> list[str]:
@@ -198,7 +206,7 @@ def assert_crowd_was_served(crowd: dict[str, Any]) -> None:
 
 def main() -> None:
     replace_what_cannot_run_without_a_gpu()
-    print("RESULT", json.dumps(both_samplers()))
+    print("RESULT", json.dumps(both_samplers() | without_asynchronous_scheduling()))
 
 
 if __name__ == "__main__":
