@@ -5,6 +5,7 @@ Only the compiler runs here. Constants: a large vocabulary in bf16, and one requ
 
 import heapq
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -286,12 +287,11 @@ def test_kernels_for_amd_do_not_spill_and_wait_for_their_stores_before_a_ticket(
     assert done.returncode == 0, done.stderr
     assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", done.stdout) == ["0"] * len(WHOLE)
     steps = re.findall(r"ASMSTART\n\s*s_waitcnt vmcnt\(0\)|global_store|s_barrier|global_atomic_add", done.stdout)
+    steps = [step for step, _ in itertools.groupby(steps)]  # from Triton 3.9 on, that barrier comes twice
     tickets = [i for i, step in enumerate(steps) if step == "global_atomic_add"]
     assert len(tickets) == 3  # one to draw; one of a row, one of a request
     for ticket in tickets:
-        before = [step.split()[0] for step in steps[ticket - 3 : ticket]]
-        # Triton 3.9 puts a second barrier there.
-        assert before[1:] == ["ASMSTART", "s_barrier"] or before == ["ASMSTART", "s_barrier", "s_barrier"]
+        assert [step.split()[0] for step in steps[ticket - 2 : ticket]] == ["ASMSTART", "s_barrier"]
 
 
 def test_no_global_of_a_kernel_is_nan() -> None:

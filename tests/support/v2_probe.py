@@ -126,6 +126,11 @@ def answers(llm: Any) -> dict[str, Any]:
     return result
 
 
+def is_asynchronous(llm: Any) -> bool:
+    """Whether the next step is scheduled before the last one's tokens are known."""
+    return llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+
+
 def _num_preemptions(llm: Any) -> int:
     return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
@@ -144,7 +149,7 @@ def both_samplers() -> dict[str, Any]:
         result["backend"] = inside.speculator.bebop.backend.name
         llm.generate(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
         result["compiled"] = {"at the start": list(compiled)}
-        result["is_asynchronous"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        result["is_asynchronous"] = is_asynchronous(llm)
         result["answers"] = answers(llm)
         asked = SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=list(SCORED_IDS), **FILTERS)
         (output,) = llm.generate(PROMPTS[:1], asked, use_tqdm=False)
@@ -165,8 +170,7 @@ def both_samplers() -> dict[str, Any]:
 
 def without_asynchronous_scheduling() -> dict[str, Any]:
     with engine(BEBOP, **OPTIONS, async_scheduling=False) as llm:
-        is_asynchronous = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-        return {"synchronous": {"is_asynchronous": is_asynchronous, "answers": answers(llm)}}
+        return {"synchronous": {"is_asynchronous": is_asynchronous(llm), "answers": answers(llm)}}
 
 
 def note_compilations() -> list[str]:
@@ -190,13 +194,13 @@ def crowded_grammar() -> dict[str, Any]:
     """
     num_requests = 16
     with engine(BEBOP, **OPTIONS | {"max_num_seqs": num_requests, "max_num_batched_tokens": 2 * num_requests}) as llm:
-        is_asynchronous = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        crowd: dict[str, Any] = {"is_asynchronous": is_asynchronous(llm)}
         prompt, allowed = llm.get_tokenizer().encode(LAW_PROMPT)[-2:], grammar.allowed_tokens(llm)
         with grammar.unsuited_head(llm, prompt):
             drawn = grammar.sample(llm, prompt, 3 * num_requests, first_seed=0, max_tokens=MAX_TOKENS)
     forbidden = [token for tokens in drawn for token in tokens if token not in allowed]
     lengths = [len(tokens) for tokens in drawn]
-    return {"crowd": {"is_asynchronous": is_asynchronous, "forbidden": forbidden, "lengths": lengths}}
+    return {"crowd": crowd | {"forbidden": forbidden, "lengths": lengths}}
 
 
 def assert_crowd_was_served(crowd: dict[str, Any]) -> None:
