@@ -38,6 +38,11 @@ def bebop(case: Case) -> Implementation:
     return bebop_step(case, as_in_vllm=False, single_launch=True)
 
 
+def bebop_resolved_apart(case: Case) -> Implementation:
+    """The same with one launch more: whether the early exit is worth that its pass needs more registers."""
+    return bebop_step(case, as_in_vllm=False, single_launch=False)
+
+
 def bebop_in_vllm(case: Case) -> Implementation:
     """All that engine/runner_v2.py launches for requests with no more than a temperature.
 
@@ -272,7 +277,7 @@ def flashinfer(case: Case) -> Implementation:
     drafted = case.draft_tokens.to(torch.int32)
     logits = [case.draft_logits[:, i].contiguous() for i in range(num_drafts)]
     probs = torch.empty(batch, num_drafts, vocab_size, device=device)
-    random = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in ("seed", "offset")}
+    random = {"seed": case.seeds[:1], "offset": torch.zeros(1, dtype=torch.int64, device=device)}
 
     def draft() -> list[Tensor]:
         tokens = []
@@ -342,6 +347,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], Implementation]] = {
     OURS_IN_VLLM: bebop_in_vllm,
     VLLM_V2: vllm_v2,
     "vLLM V2, temperature 1": vllm_v2_temperature_1,
+    f"{OURS}, resolved apart": bebop_resolved_apart,
     "vLLM V1": vllm_v1,
     "FlashInfer": flashinfer,
     "plain torch": plain_torch,

@@ -103,7 +103,7 @@ def sample(
         seeds: [B] int64, or [num_slots] with `slots`.
         positions: [B] int32 or int64, absolute position of the token being drawn, less position_offset.
         slots: [B] int32 or int64, where each row finds its temperature, its seed and its place in the caches. -1 marks
-            a padding row of a captured batch: its logits are not read, its token is 0, its caches stay untouched.
+            a padding row of a captured batch: it counts as empty, its token is 0, its caches stay untouched.
         rounds: [B] int32 or int64, position of the first draft of each token's round, where drafts are verified as a
             block: see `block_reference`.
         streams: random streams for the sub-block and for the token.

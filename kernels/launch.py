@@ -13,7 +13,8 @@ import triton
 from vllm_bebop.kernels import device, reference
 
 TILE = 16  # sub-blocks that one program reads at once
-SAMPLING_AT_ONCE, VERIFYING_AT_ONCE = 396, 528  # programs of each pass that an H100 has room for, by their registers
+# Programs of each pass that an H100 has room for, by their registers.
+SAMPLING_AT_ONCE, VERIFYING_AT_ONCE, VERIFYING_MORE_AT_ONCE = 396, 528, 264
 RESIDUAL_TILE = 8  # sub-blocks of a program that sums up a residual
 RESIDUAL_PROGRAMS = 264  # in all; as many as an H100 runs at once
 MAX_REGISTERS = 128  # of 65,536 per processor: two programs of 8 warps

@@ -25,7 +25,7 @@ RESIDUAL_BLOCK, RESIDUAL_TOKEN = tl.constexpr(int(Stream.RESIDUAL_BLOCK)), tl.co
 @triton.jit
 def load_draft_threshold(threshold_ptr, slot, step, max_drafts, mask):
     """[R]: the lowest logit that counts in each draft row; -inf where masked or not given."""
-    threshold = tl.where(mask, NEG_INF, NEG_INF)
+    threshold = tl.full(mask.shape, NEG_INF, tl.float32)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr + slot * max_drafts + step, mask=mask, other=NEG_INF)
     return threshold

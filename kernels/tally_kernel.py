@@ -1,5 +1,6 @@
 """Adding a verification to running totals, by one program: see `tally`. `verify` does it too, where it is asked to."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +25,7 @@ def tally(verification: Verification, totals: Tensor) -> None:
     Reference: tally.tally_reference
     """
     batch, num_steps = verification.token_ids.shape
-    check_tensor("totals", totals, (len(TOTALS), num_steps), totals.double().dtype, verification.token_ids.device)
+    check_tensor("totals", totals, (len(TOTALS), num_steps), torch.float64, verification.token_ids.device)
     if num_steps == 1 or batch == 0:
         return
     tally_kernel[(1,)](

@@ -52,6 +52,7 @@ from vllm_bebop.kernels.launch import (
     SEARCH,
     TILE,
     VERIFYING_AT_ONCE,
+    VERIFYING_MORE_AT_ONCE,
     partition,
     requests_per_program,
     tiles_per_program,
@@ -225,7 +226,11 @@ def verify(
     tile = min(TILE, triton.next_power_of_2(num_blocks))
     per_program = requests_per_program(batch, tile * sub_block)
     num_tiles, groups = triton.cdiv(num_blocks, tile), triton.cdiv(batch, per_program)
-    tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1), VERIFYING_AT_ONCE)
+    is_block = block and max_drafts > 0  # without drafts there is no difference
+    single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
+    does_more = streams_draft_rows or bitmask is not None or single_launch
+    at_once = VERIFYING_MORE_AT_ONCE if does_more else VERIFYING_AT_ONCE
+    tiles_at_once = tiles_per_program(num_tiles, batch * (max_drafts + 1), at_once)
 
     shared = {  # what both kernels take
         "target_ptr": target_logits,
@@ -309,12 +314,10 @@ def verify(
             **compiled_with,
         )
 
-    is_block = block and max_drafts > 0  # without drafts there is no difference
-    single_launch = single_launch and not is_block and not filters.are_asked_for and bitmask is None
     launch(
         triton.cdiv(num_tiles, tiles_at_once),
         max_drafts + 1,
-        PASS_AND_MORE if streams_draft_rows or bitmask is not None or single_launch else PASS,
+        PASS_AND_MORE if does_more else PASS,
         statistics=True,
         decision=True,
         resolution=single_launch,

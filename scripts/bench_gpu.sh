@@ -12,7 +12,8 @@
 #   sanitize   memcheck and racecheck over some of the tests, if compute-sanitizer is there
 #   plot       draws what `kernels` measured
 #
-# Without STEP, all of them in this order; each is ended M minutes after it began, 10 by default.
+# Without STEP, all of them in this order; each is ended M minutes after it began (sanitize: each of its two tools), 10
+# by default.
 #
 # --quick, for a GPU that is there for minutes only: kernels at 6 sizes, loss at one, selftest, races with 20,000
 # repeats, plot; what matters most first, in at most 9 minutes. `kernels` and `loss` time nothing whose result is wrong.
@@ -24,13 +25,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 
-python=${PYTHON:-python3} out=benchmarks/results minutes=10 quick=() steps=() failed=()
+python=${PYTHON:-python3} out=benchmarks/results asked= quick=() steps=() failed=()
 tests=$(ls tests/test_kernels_*.py | grep -v compile) # that one compiles for other GPUs too, on any machine
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=(--quick); shift ;;
     --out) out=$2; shift 2 ;;
-    --minutes) minutes=$2; shift 2 ;;
+    --minutes) asked=$2; shift 2 ;;
     -*) echo "unknown option $1" >&2; exit 2 ;;
     *) steps+=("$1"); shift ;;
   esac
@@ -93,7 +94,9 @@ done
 install
 for step in "${steps[@]}"; do
   echo "== $step, $(date +%T)"
+  minutes=10
   [ ${#quick[@]} -eq 0 ] || minutes=${quick_minutes[$step]:-$minutes}
+  minutes=${asked:-$minutes}
   "run_$step" || failed+=("$step") # bash does not heed -e in there
 done
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -25,18 +25,23 @@ def test_bench_gpu_names_steps_and_tests_that_exist() -> None:
     assert f"def {left_out}(" in (ROOT / file).read_text()
 
 
-@pytest.mark.parametrize("is_quick", [True, False])
-def test_bench_gpu_runs_each_step_and_names_what_failed(tmp_path: Path, is_quick: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "minutes"),
+    [([], ("9", "9")), (["--quick"], ("3.6", "1.575")), (["--quick", "--minutes", "2"], ("1.8", "1.8"))],
+)
+def test_bench_gpu_runs_each_step_and_names_what_failed(
+    tmp_path: Path, options: list[str], minutes: tuple[str, str]
+) -> None:
     """With a python that only notes what it is called with."""
     python, notes = tmp_path / "python", tmp_path / "notes"
     python.write_text(f'#!/bin/sh\necho "$@" >> {notes}\ncase "$*" in *selftest*) exit 1;; esac\n')
     python.chmod(0o755)
-    command = ["bash", str(BENCH_GPU), *(["--quick"] if is_quick else []), "--out", str(tmp_path)]
+    command = ["bash", str(BENCH_GPU), *options, "--out", str(tmp_path)]
     child = subprocess.run(
         command, env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
     assert child.returncode == 1 and child.stderr.strip().endswith("failed: selftest")
-    quick, minutes = (" --quick", ("3.6", "1.575")) if is_quick else ("", ("9", "9"))
+    quick = " --quick" if options else ""
     calls = {
         "selftest": "-m vllm_bebop.cli selftest --device cuda",
         "tests": "-m pytest -v",
@@ -45,7 +50,7 @@ def test_bench_gpu_runs_each_step_and_names_what_failed(tmp_path: Path, is_quick
         "races": f"benchmarks/bench_kernels.py races{quick} --out {tmp_path}",
         "plot": "benchmarks/bench_kernels.py plot",
     }
-    order = ["kernels", "loss", "selftest", "races", "plot"] if is_quick else list(calls)
+    order = ["kernels", "loss", "selftest", "races", "plot"] if options else list(calls)
     made = [line for line in notes.read_text().splitlines() if not line.startswith("-c ")]
     for step, call in zip(order, made, strict=True):
         assert call.startswith(calls[step]), step

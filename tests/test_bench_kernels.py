@@ -234,13 +234,18 @@ def test_time_parts_relates_what_moves_to_the_copy_bandwidth() -> None:
     class Timer:
         copy_gb_s = 100.0
 
-        def __call__(self, run):
-            run()
+        def __call__(self, run, before_each):
+            for _ in range(2):
+                before_each()
+                run()
+                seeds.append(case.seeds.tolist())
             return {"median_us": 2.0}
 
-    point = Point(2, 3, 1000)
-    copies = dataclasses.replace(fake(make_case(point)), logit_passes={"draft": 2, "verify": 1})
-    result = bench_kernels.time_parts(copies, point, Timer())
+    seeds: list[list[int]] = []
+    case = make_case(Point(2, 3, 1000))
+    copies = dataclasses.replace(fake(case), logit_passes={"draft": 2, "verify": 1})
+    result = bench_kernels.time_parts(copies, case, Timer())
+    assert seeds == 2 * [[2, 3], [4, 5]] and case.seeds.tolist() == [0, 1]
     assert result["draft"]["least_gb_s"] == 2 * 3 * 1000 * 2 / 2.0 * 1e-3
     assert result["draft"]["moved_gb_s"] == 12.0 and result["draft"]["moved_bytes"] == 24_000
     assert result["draft"]["share_of_copy"] == round(12.0 / 100, 3)
@@ -290,8 +295,9 @@ import bench_kernels
 bench_kernels.main()
 
 import dataclasses, torch, kernel_cases, kernel_implementations, kernel_races
-case = kernel_cases.make_case(kernel_cases.Point(3, 2, 700), "cpu")
-bench_kernels.check(case)
+cases = [kernel_cases.make_case(kernel_cases.Point(batch, 2, 700), "cpu") for batch in (1, 3)]
+for case in cases:
+    bench_kernels.check(case)
 assert kernel_races.count_mismatches(lambda: torch.arange(3), torch.arange(3), 5, "same") == 0
 assert kernel_races.count_mismatches(lambda: torch.arange(3) * 2, torch.arange(3), 5, "other") == 2 * 6
 assert not any(kernel_races.races(700, "cpu", 1).values())
@@ -303,10 +309,11 @@ def broken(case):
         return dataclasses.replace(out, token_ids=(out.token_ids + 1) % 700)
     return dataclasses.replace(implementation, verify=verify)
 kernel_implementations.bebop_in_vllm = broken
-try:
-    bench_kernels.check(case)
-except bench_kernels.WrongTokens as error:
-    print("caught:", error)
+for case in cases:
+    try:
+        bench_kernels.check(case)
+    except bench_kernels.WrongTokens as error:
+        print("caught:", error)
 """
 
 
@@ -317,7 +324,7 @@ def test_time_measures_ours_and_the_installed_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_THE_INTERPRETER, str(tmp_path), str(ROOT / "benchmarks")]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
-    assert "caught: output of broken" in child.stdout
+    assert child.stdout.count("caught: output of broken") == 2  # at one request too
     entries = json.loads((tmp_path / "kernels_cpu.json").read_text())["entries"]
     assert [tuple(x[name] for name in bench_kernels.KEY) for x in entries] == DRY_RUN
     peers = {OURS, OURS_IN_VLLM, "plain torch"}

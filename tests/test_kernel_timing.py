@@ -70,9 +70,18 @@ def test_gpu_timer_replays_a_graph_as_often_as_time_allows(monkeypatch, run_ms: 
     cuda.install(monkeypatch)
     timer = object.__new__(kernel_timing.GpuTimer)
     timer.other = torch.zeros(4)
-    calls = []
-    assert timer(lambda: calls.append(1)) == {key: run_ms * 1e3 for key in ("median_us", "p20_us", "p80_us")}
+    calls, changes = [], []
+    times = timer(lambda: calls.append(1), lambda: changes.append(cuda.replays))
+    assert times == {key: run_ms * 1e3 for key in ("median_us", "p20_us", "p80_us")}
     assert len(calls) == kernel_timing.WARM_UPS + 1 and cuda.replays == cuda.pauses == 1 + repeats
+    assert changes == list(range(1 + repeats))
+
+
+def test_a_captured_run_gives_its_result_at_every_replay(monkeypatch) -> None:
+    cuda = FakeCuda(1.0)
+    cuda.install(monkeypatch)
+    run, _ = kernel_timing.capture(lambda: "result")
+    assert [run(), run()] == ["result", "result"] and cuda.replays == 2
 
 
 def test_gpu_timer_runs_without_a_graph_what_cannot_be_captured(monkeypatch) -> None:
