@@ -26,7 +26,7 @@ def _sleep_and_wake(llm, tags):
     target = {name: parameter.data.clone() for name, parameter in model_runner.get_model().named_parameters()}
     llm.collective_rpc("sleep", kwargs={"level": 2})
     if on_cpu():
-        for model in (model_runner.get_model(), model_runner.get_draft_model()):
+        for model in (model_runner.get_model(), model_runner.drafter.model):
             for parameter in model.parameters():
                 parameter.data.fill_(float("nan"))
     for each in tags:
@@ -51,7 +51,7 @@ def test_head_wakes_up_as_it_fell_asleep(llm, tags):
 
 def test_pushed_head_wakes_up_as_pushed(llm):
     """An RL stack's new head, not the one on disk, is what comes back."""
-    norm = runner(llm).get_draft_model().model.norm.weight
+    norm = runner(llm).drafter.model.model.norm.weight
     loaded = norm.data.clone()
     norm.data.add_(0.5)
     _sleep_and_wake(llm, [None])

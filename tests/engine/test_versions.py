@@ -1,5 +1,7 @@
 """The gate: an untested vLLM is refused, and so is a tested one that differs, by the names of what differs."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from vllm_bebop.config import BebopConfigError
@@ -15,10 +17,21 @@ def test_installed_vllm_has_every_seam():
 def test_untested_version_is_refused(monkeypatch, version):
     monkeypatch.delenv("VLLM_BEBOP_CANDIDATE", raising=False)
     monkeypatch.setattr(versions, "installed_vllm", lambda: version)
-    with pytest.raises(BebopConfigError, match=f"vLLM {version} has not been tested with bebop; supported: 0.27"):
+    with pytest.raises(BebopConfigError, match=f"vLLM {version} has not been tested with bebop; supported: 0.23"):
         versions.require_supported_vllm()
     monkeypatch.setenv("VLLM_BEBOP_CANDIDATE", version.rsplit(".", 1)[0])
+    monkeypatch.setattr(versions, "missing_seams", lambda: [])
     versions.require_supported_vllm()
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("0.26.0", True), ("0.27.0", False)])
+def test_model_runner_v2_is_refused_where_it_cannot_be_had(monkeypatch, version, is_refused):
+    monkeypatch.setattr(versions, "installed_vllm", lambda: version)
+    monkeypatch.setattr(versions, "missing_seams", lambda: [])
+    versions.require_supported_vllm()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(BebopConfigError, match="unset VLLM_USE_V2_MODEL_RUNNER") if is_refused else nullcontext():
+        versions.require_supported_vllm()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 
 from tests.support.without_a_gpu import ENVIRONMENTS
 from vllm_bebop.bench.conditions import on_cpu
+from vllm_bebop.engine.versions import has_usable_v2, vllm_release
 
 # Read when vLLM is imported; on a GPU those that concern the CPU are ignored.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -49,7 +50,8 @@ def environment_for_every_family() -> dict[str, str]:
 def replace_what_cannot_run_without_a_gpu() -> None:
     """Pinned memory; and, in the interpreter, vLLM's top-k/top-p kernel, which it has in PyTorch too.
 
-    An emulated engine also schedules asynchronously, as on a GPU; an interpreted one waits for each step, as on a CPU.
+    An emulated engine also schedules asynchronously, as on a GPU; an interpreted one waits for each step, as on a CPU,
+    where vLLM cannot do otherwise until 0.24.
     """
     if not on_cpu():
         return
@@ -59,7 +61,7 @@ def replace_what_cannot_run_without_a_gpu() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
         topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
-    else:
+    elif vllm_release() >= (0, 25):
         leave_asynchronous_scheduling_on()
 
     # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
@@ -138,6 +140,8 @@ def runner(llm: Any) -> Any:
 
 def probe(module: str, use_v2: bool, how: str) -> dict[str, Any]:
     """What `python -m module` prints behind RESULT: fused kernels in an engine. how: one of `HOWS`."""
+    if use_v2 and not has_usable_v2():
+        pytest.skip("bebop takes model runner V2 from vLLM 0.27 on; before, it is no MTP model's default")
     environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}
     if how != "compiled":
         environ |= ENVIRONMENTS[how] | {"PYTHONPATH": f"{ROOT / 'tests/cpu_support'}{os.pathsep}{ROOT}"}

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
-TESTED_VERSIONS = ("0.27", "0.29", "0.31", "0.32", "0.33")
+TESTED_VERSIONS = ("0.23", "0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.31", "0.32", "0.33")
 # Admits one version more, so that the engine tests can run on it before it is listed. Not for production.
 _CANDIDATE = "VLLM_BEBOP_CANDIDATE"
 
@@ -60,7 +60,6 @@ _INTAKE = (
     Seam("vllm.v1.worker.gpu_worker:Worker.sleep", ("level",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.wake_up", ("tags",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.get_model", (), "engine/sleeping_head.py"),
-    Seam("vllm.v1.worker.gpu_worker:Worker.get_draft_model", (), "engine/sleeping_head.py"),
 )
 _RUNNER_V1 = (
     Seam(
@@ -145,8 +144,13 @@ DRAFT_POSITION_ARGUMENTS = {"positions": 2, "sample_src_positions": 1}
 
 def slots_are_int32() -> bool:
     """Whether model runner V2 counts request slots in int32 (until 0.31) or in int64."""
-    major, minor, *_ = installed_vllm().split(".")
-    return (int(major), int(minor)) < (0, 32)
+    return vllm_release() < (0, 32)
+
+
+def has_usable_v2() -> bool:
+    """Whether bebop runs on model runner V2 here. Until 0.26 verification is not a method of its own there; no model
+    with an MTP head has V2 by default in these versions."""
+    return vllm_release() >= (0, 27)
 
 
 def dummy_batches_spare_drafts(speculator: Any) -> bool:
@@ -162,6 +166,11 @@ def installed_vllm() -> str:
     return vllm.__version__.split("+")[0]
 
 
+def vllm_release() -> tuple[int, int]:
+    major, minor, *_ = installed_vllm().split(".")
+    return int(major), int(minor)
+
+
 def _tested(version: str) -> bool:
     return ".".join(version.split(".")[:2]) in (*TESTED_VERSIONS, os.environ.get(_CANDIDATE))
 
@@ -169,7 +178,7 @@ def _tested(version: str) -> bool:
 def missing_seams() -> list[str]:
     """Upstream symbols that are absent or have lost a parameter, each with the file of ours that needs it."""
     problems = []
-    for seam in (*_INTAKE, *_RUNNER_V1, *_RUNNER_V2):
+    for seam in (*_INTAKE, *_RUNNER_V1, *(_RUNNER_V2 if has_usable_v2() else ())):
         module_name, path = seam.symbol.split(":")
         try:
             found: Any = importlib.import_module(module_name)
@@ -189,8 +198,10 @@ def require_supported_vllm() -> None:
     """Stop the start on a vLLM that bebop was not tested on.
 
     Raises:
-        BebopConfigError: naming the version, or each symbol that is missing.
+        BebopConfigError: naming the version, or each symbol that is missing, or the model runner that cannot be had.
     """
+    from vllm import envs
+
     version = installed_vllm()
     if not _tested(version):
         raise BebopConfigError(
@@ -200,6 +211,10 @@ def require_supported_vllm() -> None:
     problems = missing_seams()
     if problems:
         raise BebopConfigError(f"this vLLM {version} differs from the one bebop was tested on: " + "; ".join(problems))
+    if envs.VLLM_USE_V2_MODEL_RUNNER and not has_usable_v2():
+        raise BebopConfigError(
+            f"bebop needs model runner V1 on vLLM {version}: unset VLLM_USE_V2_MODEL_RUNNER, or use vLLM 0.27 or later"
+        )
 
 
 def check_versions() -> list[tuple[str, bool, str]]:
