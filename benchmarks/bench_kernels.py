@@ -45,8 +45,8 @@ NOTES = [
     " out), over the median. share_of_copy: moved_gb_s over copy_gb_s, reads and writes on both sides.",
     "bebop's kernels: logits already in the draft cache, one launch verifies; with early exit it reads less than all"
     " logits, and its share may pass 1. Resolved apart: in a launch of its own, as in vLLM. bebop in vLLM: all that the"
-    " engine launches; drafting copies the logits to the cache, three launches verify what one has gathered and keep the"
-    " totals.",
+    " engine launches; drafting copies the logits to the cache, three launches verify what one has gathered and keep"
+    " the totals.",
     "Every implementation verifies the same drafts, with other random numbers in each repeat: at one request, what"
     " there is to do depends on whether a draft is rejected. accepted_per_request, of one run, says that it was fed as"
     " it should be.",

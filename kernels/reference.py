@@ -20,7 +20,7 @@ A point mass is a row like any other, with one finite score: T < GREEDY_TEMPERAT
 one-hot draft (greedy or n-gram) puts all of q on y, which turns 1 and 2 into target-only acceptance (Eq. 1).
 
 Scores are logits / T in fp32: log p is right to about the rounding of the largest |logit| / T, which for logits of 60
-is 1e-5 at T = 1 and 5e-4 at 0.01, the least that vLLM lets through. Below that, up to GREEDY_TEMPERATURE, it is coarser.
+is 1e-5 at T = 1 and 5e-4 at 0.01, the least that vLLM lets through. Below, down to GREEDY_TEMPERATURE, it is coarser.
 """
 
 from collections.abc import Callable

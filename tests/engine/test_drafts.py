@@ -135,6 +135,60 @@ def test_dummy_target_still_gets_a_real_head():
         assert (head.model.norm.weight.cpu() == stored).all()
 
 
+class _Transfer:
+    """What vLLM's worker calls of a weight transfer engine; a push is a list of named tensors."""
+
+    supports_draft_weight_update = True
+
+    def __init__(self, target):
+        self.target = self.model = target
+
+    def set_weight_update_target(self, model, _config):
+        self.model = model
+
+    def reset_weight_update_target(self):
+        self.model = self.target
+
+    def start_weight_update(self):
+        pass
+
+    finish_weight_update = shutdown = start_weight_update
+
+    def update_weights(self, pushed):
+        self.model.load_weights(iter(pushed["weights"]))
+
+
+@pytest.mark.parametrize("has_draft", [True, False])
+def test_only_a_push_meant_for_it_replaces_a_drafts_head(checkpoint, tmp_path, monkeypatch, has_draft):
+    """verl and NeMo-RL push the target's weights into the drafter; the target's own head is to follow them."""
+    config, _, head = checkpoint
+    name = "mtp.norm.weight"  # a matrix cannot be loaded twice on a CPU, which packs them
+    draft = write_draft(tmp_path / "draft", head, draft_config(config))
+    from vllm_bebop.engine import pushed_head
+
+    warnings = []
+    monkeypatch.setattr(pushed_head.logger, "warning", lambda *args: warnings.append(args))
+    with engine(BEBOP | ({"model": str(draft.path)} if has_draft else {})) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        drafter = runner(llm).drafter.model
+        norm = drafter.model.norm.weight
+        loaded = norm.data.clone()
+        stored = head[name].float()
+        for shift in (1, 2):
+            drafter.load_weights(iter([(name, stored + shift)]))
+            assert (norm == loaded + (0 if has_draft else shift)).all()
+        assert len(warnings) == has_draft
+        if not hasattr(worker, "get_draft_model"):
+            return  # before 0.26, no push is meant for a head
+        worker.weight_transfer_engine = _Transfer(runner(llm).get_model())
+        llm.collective_rpc("start_draft_weight_update")
+        llm.collective_rpc("update_weights", args=({"weights": [(name, stored + 3)]},))
+        llm.collective_rpc("finish_weight_update")
+        assert (norm == loaded + 3).all()
+        drafter.load_weights(iter([(name, stored)]))
+        assert (norm == loaded + (3 if has_draft else 0)).all()
+
+
 @pytest.mark.parametrize("scales_stored", [False, True])
 def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path, scales_stored):
     """Such a quantization_config gives every attention scales and zero points, the head's too."""

@@ -248,10 +248,11 @@ class BebopRejectionSampler(RejectionSampler):
         target_rows = metadata.target_logits_indices.long()
         bonus_rows = metadata.bonus_logits_indices.long()
         processed = torch.empty_like(logits, dtype=torch.float32)
-        processed[target_rows] = self.apply_logits_processors(logits[target_rows].float(), sampling_metadata, metadata)
+        # First the bonus rows, as upstream: what tracks a thinking budget moves on with them.
         processed[bonus_rows] = self.sampler.apply_logits_processors(
             logits[bonus_rows].float(), sampling_metadata, predict_bonus_token=True
         )
+        processed[target_rows] = self.apply_logits_processors(logits[target_rows].float(), sampling_metadata, metadata)
         rows_per_request = torch.tensor(metadata.num_draft_tokens, device=logits.device) + 1
         return _apply_policy(processed, sampling_metadata, rows_per_request)
 

@@ -14,6 +14,14 @@ from typing import Any
 import torch
 
 
+def draft_model(worker: Any) -> torch.nn.Module | None:
+    """The module that drafts; None on a pipeline rank without one."""
+    if hasattr(worker, "get_draft_model"):  # since vLLM 0.26
+        return worker.get_draft_model()
+    drafter = getattr(worker.model_runner, "drafter", None)
+    return drafter and (drafter.model.unwrap() if hasattr(drafter.model, "unwrap") else drafter.model)
+
+
 def copy_head(worker: Any) -> dict[str, torch.Tensor]:
     """A copy on the host of each tensor of the head, by name; none on a pipeline rank without it."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in _head_tensors(worker).items()}
@@ -28,18 +36,11 @@ def restore_head(worker: Any, kept: dict[str, torch.Tensor]) -> None:
 
 def _head_tensors(worker: Any) -> dict[str, torch.Tensor]:
     """Parameters, and buffers with them: what MLA derives from its weights is either, by vLLM's version."""
-    draft = _draft_model(worker)
+    draft = draft_model(worker)
     if draft is None:
         return {}
     of_target = {id(tensor) for _, tensor in _named_tensors(worker.get_model())}
     return {name: tensor.data for name, tensor in _named_tensors(draft) if id(tensor) not in of_target}
-
-
-def _draft_model(worker: Any) -> torch.nn.Module | None:
-    if hasattr(worker, "get_draft_model"):  # since vLLM 0.26
-        return worker.get_draft_model()
-    drafter = getattr(worker.model_runner, "drafter", None)
-    return drafter and (drafter.model.unwrap() if hasattr(drafter.model, "unwrap") else drafter.model)
 
 
 def _named_tensors(model: torch.nn.Module) -> Any:

@@ -4,7 +4,8 @@
 `...Worker[their/module/TheirWorker]` where a framework had set a worker of its own: attributes of this module are made
 on demand, each a subclass of the worker it stands for. `--worker-extension-cls` composes with either.
 
-Upstream symbols: `Worker.{init_device, load_model, compile_or_warm_up_model, sleep, wake_up, use_v2_model_runner}`,
+Upstream symbols: `Worker.{init_device, load_model, compile_or_warm_up_model, sleep, wake_up, use_v2_model_runner,
+start_weight_update, start_draft_weight_update, finish_weight_update}`,
 `model_runner.{drafter, sampler, rejection_sampler}` (model runner V1), `model_runner.{speculator, sampler,
 rejection_sampler}` (V2).
 """
@@ -21,6 +22,7 @@ from vllm_bebop.config import BebopConfig, BebopConfigError
 from vllm_bebop.engine import (
     draft_loader,  # noqa: F401  (registers the load format "bebop")
     lifeline,
+    pushed_head,
     sleeping_head,
 )
 from vllm_bebop.kernels.tally import read_totals
@@ -32,6 +34,7 @@ def _worker_over(base: type) -> type:
 
         _kept_head: dict[str, torch.Tensor] = {}
         _totals: torch.Tensor | None = None
+        head_is_pushed = False
 
         def init_device(self) -> None:
             lifeline.follow_server()
@@ -42,6 +45,7 @@ def _worker_over(base: type) -> type:
             super().load_model(*args, **kwargs)
             config = BebopConfig.from_vllm(self.vllm_config)
             self._totals = _runner_module(self).upgrade_sampling(self.model_runner, config)
+            pushed_head.guard(self)
 
         def compile_or_warm_up_model(self) -> Any:
             if self._totals is None:
@@ -58,6 +62,18 @@ def _worker_over(base: type) -> type:
             then, and for data-parallel ranks, the sums add up. Pipeline ranks but the last return None.
             """
             return None if self._totals is None else read_totals(self._totals)
+
+        def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            self.head_is_pushed = False  # whatever became of the push before
+            super().start_weight_update(*args, **kwargs)
+
+        def start_draft_weight_update(self) -> None:
+            super().start_draft_weight_update()
+            self.head_is_pushed = True
+
+        def finish_weight_update(self) -> None:
+            super().finish_weight_update()
+            self.head_is_pushed = False
 
         def sleep(self, level: int = 1) -> None:
             self._kept_head = sleeping_head.copy_head(self) if level == 2 else {}
