@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_bebop.config import BebopConfig, BebopConfigError, translate
+from vllm_bebop.config import BebopConfig, BebopConfigError, translate, unheeded
 
 ASKED = {"method": "bebop", "num_speculative_tokens": 3}
 SWITCHED_ON = {"VLLM_BEBOP": "1"}
@@ -54,18 +54,27 @@ def test_translate_block_samples_drafts_and_may_limit_their_cache():
     assert translation.config == BebopConfig(acceptance="block", draft_cache_gib=2.0)
 
 
-def test_translate_accepts_the_same_options_from_the_environment():
+OPTIONS_SET = {
+    "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "3",
+    "VLLM_BEBOP_MODEL": "d",
+    "VLLM_BEBOP_ACCEPTANCE": "target_only",
+}
+
+
+@pytest.mark.parametrize(("method", "switch"), [("mtp", SWITCHED_ON), ("bebop", {})])
+def test_translate_accepts_the_same_options_from_the_environment(method, switch):
     by_config = translate(ASKED | {"model": "d", "acceptance": "target_only"}, {})
-    by_environment = translate(
-        {"method": "mtp"},
-        SWITCHED_ON
-        | {
-            "VLLM_BEBOP_NUM_SPECULATIVE_TOKENS": "3",
-            "VLLM_BEBOP_MODEL": "d",
-            "VLLM_BEBOP_ACCEPTANCE": "target_only",
-        },
+    assert translate({"method": method}, switch | OPTIONS_SET) == by_config
+
+
+def test_variables_that_change_nothing_are_told():
+    assert translate({"method": "mtp"}, OPTIONS_SET) is None
+    assert unheeded("mtp", OPTIONS_SET) == (
+        "VLLM_BEBOP_ACCEPTANCE, VLLM_BEBOP_MODEL, VLLM_BEBOP_NUM_SPECULATIVE_TOKENS: no effect without VLLM_BEBOP=1; "
+        "method 'mtp' stays vLLM's own"
     )
-    assert by_environment == by_config
+    assert unheeded("mtp", {"VLLM_BEBOP_MEND_CPU": "1", "VLLM_BEBOP_CANDIDATE": "0.99"}) is None
+    assert unheeded("ngram", SWITCHED_ON).startswith("VLLM_BEBOP=1 has no effect on method 'ngram'")
 
 
 @pytest.mark.parametrize("alias", ["deepseek_mtp", "qwen3_next_mtp", "mimo_mtp"])

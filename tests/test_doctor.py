@@ -69,6 +69,20 @@ def test_check_model_head_finds_what_is_not_finite(model):
     assert row.ok is False and "mtp.norm.weight has 64 NaN or infinite values" in row.detail
 
 
+def test_the_target_named_as_draft_is_its_own_head(model):
+    """As the server has it."""
+    assert doctor.check_draft(model, model) == doctor.check_model_head(model)
+    assert doctor.check_model_head(model)[0].ok
+
+
+def test_check_model_head_refuses_a_path_that_vllm_would_misread(tmp_path, model):
+    moved = tmp_path / "eagle-runs" / "model"
+    moved.parent.mkdir()
+    model.rename(moved)
+    (row,) = doctor.check_model_head(moved)
+    assert row.ok is False and "eagle-" in row.detail
+
+
 def test_check_draft_fails_where_the_target_quantises_its_head(tmp_path, model):
     write_draft(tmp_path / "draft", head(TARGET), TARGET)
     (model / "config.json").write_text(json.dumps(TARGET | {"quantization_config": {"quant_method": "fp8"}}))

@@ -32,7 +32,7 @@ ALLOWED = {
         *(*DRAFT, "vllm_bebop.draft", "vllm_bebop.kernels", "vllm_bebop.train"),
     ),
     "vllm_bebop/engine": (
-        *("numpy", "psutil", "vllm", *DRAFT),
+        *("numpy", "vllm", *DRAFT),
         *("vllm_bebop.config", "vllm_bebop.draft", "vllm_bebop.kernels", "vllm_bebop.engine"),
     ),
     "vllm_bebop/plugin.py": ("vllm_bebop.engine",),

@@ -3,8 +3,9 @@
 Two ways to ask, with the same options:
 
 * `--speculative-config '{"method": "bebop", "num_speculative_tokens": 3, "model": "DRAFT"}'`
-* `{"method": "mtp", ...}` (or an alias, "deepseek_mtp") plus `VLLM_BEBOP=1` and `VLLM_BEBOP_<OPTION>`, for stacks that
-  admit no other method.
+* `{"method": "mtp", ...}` (or an alias, "deepseek_mtp") plus `VLLM_BEBOP=1`, for stacks that admit no other method.
+
+Either way, `VLLM_BEBOP_<OPTION>` may stand for a key that is not there.
 
 `translate` turns either into a config that vLLM understands (method "mtp") and a `BebopConfig` that travels to every
 worker inside `VllmConfig.additional_config["bebop"]`. Pure functions, no vLLM import.
@@ -112,10 +113,9 @@ def translate(speculative_config: Mapping[str, Any] | None, environ: Mapping[str
     given = (speculative_config or {}).items()
     options = {key.replace("-", "_"): value for key, value in given if value is not None}
     method = options.get("method")
-    if method != "bebop":
-        if not _is_mtp(method) or not switched_on(environ):
-            return None
-        options |= _options_from_env(environ, options)
+    if method != "bebop" and not (_is_mtp(method) and switched_on(environ)):
+        return None
+    options |= _options_from_env(environ, options)
 
     _refuse_lossy(options)
     _refuse_unknown(options)
@@ -147,6 +147,22 @@ def switched_on(environ: Mapping[str, str]) -> bool:
     raise BebopConfigError(f"{_ENV_SWITCH}={value!r}: set it to 1 (on) or 0 (off)")
 
 
+def unheeded(method: Any, environ: Mapping[str, str]) -> str | None:
+    """Which variables of ours change nothing about a method left to vLLM, and why; None if there are none."""
+    if switched_on(environ):
+        ours = '"mtp" and its "..._mtp" aliases'
+        return f"{_ENV_SWITCH}=1 has no effect on method {method!r}: bebop takes over {ours} only"
+    if options := sorted(_set_options(environ)):
+        return f"{', '.join(options)}: no effect without {_ENV_SWITCH}=1; method {method!r} stays vLLM's own"
+    return None
+
+
+def _set_options(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value for name, value in environ.items() if name.startswith(_ENV_PREFIX) and name not in _ENV_NOT_OPTIONS
+    }
+
+
 def _is_mtp(method: Any) -> bool:
     """vLLM's own method, or an alias of it: "deepseek_mtp", "qwen3_next_mtp", ..."""
     return isinstance(method, str) and (method == "mtp" or method.endswith("_mtp"))
@@ -154,9 +170,7 @@ def _is_mtp(method: Any) -> bool:
 
 def _options_from_env(environ: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, value in environ.items():
-        if not name.startswith(_ENV_PREFIX) or name in _ENV_NOT_OPTIONS:
-            continue
+    for name, value in _set_options(environ).items():
         if name not in _ENV_OPTIONS:
             raise BebopConfigError(f"unknown variable {name}; accepted: {', '.join(sorted(_ENV_OPTIONS))}")
         key = _ENV_OPTIONS[name]

@@ -8,7 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_bebop.draft import DraftError, inspect_checkpoint_head, read_draft, refuse_quantised_head, resolve_draft
+from vllm_bebop.draft import (
+    DraftError,
+    inspect_checkpoint_head,
+    read_draft,
+    refuse_misread_path,
+    refuse_quantised_head,
+    resolve_draft,
+)
 from vllm_bebop.head_checks import value_problems
 from vllm_bebop.tensor_files import CONFIG_FILE, CheckpointError, read_json
 
@@ -37,7 +44,10 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
     except CheckpointError as error:
         return [Check("target", False, str(error))]
     try:
-        found = read_draft(resolve_draft(draft), target_config, target_dir=model_dir)
+        path = resolve_draft(draft)
+        if path.resolve() == model_dir.resolve():
+            return check_model_head(model)
+        found = read_draft(path, target_config, target_dir=model_dir)
         refuse_quantised_head(found, target_config)
     except DraftError as error:
         return [Check("draft", False, problem) for problem in error.problems]
@@ -56,6 +66,7 @@ def check_draft(model: str | Path, draft: str | Path) -> list[Check]:
 def check_model_head(model: str | Path) -> list[Check]:
     """Does the target's own checkpoint (directory, or Hub id if it is downloaded) carry a complete, finite head?"""
     try:
+        refuse_misread_path(model)
         report = inspect_checkpoint_head(_model_dir(model))
     except CheckpointError as error:
         return [Check("the model's own head", False, problem) for problem in error.problems]

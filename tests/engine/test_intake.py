@@ -164,7 +164,7 @@ def test_switch_without_effect_warns(monkeypatch):
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     EngineArgs(str(TINY_MODEL), speculative_config=ngram).create_engine_config()
     assert warnings == [
-        'VLLM_BEBOP=1 has no effect on method \'ngram\': bebop takes over "mtp" and its "..._mtp" aliases only'
+        'bebop: VLLM_BEBOP=1 has no effect on method \'ngram\': bebop takes over "mtp" and its "..._mtp" aliases only'
     ]
 
 

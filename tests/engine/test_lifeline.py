@@ -34,10 +34,7 @@ sys.stdin.readline()
 
 
 def _runs(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_worker_that_ignores_sigterm_is_killed():
@@ -58,7 +55,7 @@ def test_worker_that_ignores_sigterm_is_killed():
 @pytest.fixture
 def unrelated():
     with subprocess.Popen(["sleep", "60"]) as process:
-        yield psutil.Process(process.pid)
+        yield process
         process.kill()
 
 
@@ -73,16 +70,22 @@ def test_only_the_process_announced_is_followed(unrelated, monkeypatch):
         monkeypatch.setenv(lifeline._SERVER, process)
         lifeline.follow_server()
         assert not followed
-    monkeypatch.setenv(lifeline._SERVER, f"{unrelated.pid}:{unrelated.create_time()!r}")
+    monkeypatch.setenv(lifeline._SERVER, f"{unrelated.pid}:{lifeline._start_of(unrelated.pid)}")
     lifeline.follow_server()
     assert followed
 
 
-def test_server_that_ends_while_it_is_looked_at_is_gone(monkeypatch):
-    def gone(self):
-        raise psutil.NoSuchProcess(self.pid)
+def test_a_process_started_when_the_kernel_says(unrelated):
+    """In ticks since boot, to which psutil adds when that was."""
+    since_boot = psutil.Process(unrelated.pid).create_time() - psutil.boot_time()
+    assert int(lifeline._start_of(unrelated.pid)) / os.sysconf("SC_CLK_TCK") == pytest.approx(since_boot, abs=2)
 
-    server = psutil.Process()
-    assert lifeline._lives(server)
-    monkeypatch.setattr(psutil.Process, "status", gone)
-    assert not lifeline._lives(server)
+
+def test_a_process_that_has_ended_has_no_start(unrelated):
+    unrelated.kill()
+    deadline = time.monotonic() + 10
+    while psutil.Process(unrelated.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lifeline._start_of(unrelated.pid) is None
+    unrelated.wait()
+    assert lifeline._start_of(unrelated.pid) is None

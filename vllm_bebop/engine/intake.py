@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_bebop.config import BebopConfigError, Translation, switched_on, translate
+from vllm_bebop.config import BebopConfigError, Translation, translate, unheeded
 from vllm_bebop.engine.lifeline import announce_server
 from vllm_bebop.families import recognise
 from vllm_bebop.head_checks import quantised_module
@@ -42,11 +42,8 @@ def install() -> None:
             if given is not None and translation is not None:
                 _refuse_contradictions(self, given)
                 _apply(self, translation, *_target_configs(*args, **kwargs))
-            elif given is not None and switched_on(os.environ):
-                logger.warning(
-                    'VLLM_BEBOP=1 has no effect on method %r: bebop takes over "mtp" and its "..._mtp" aliases only',
-                    given.get("method"),
-                )
+            elif given is not None and (why := unheeded(given.get("method"), os.environ)):
+                logger.warning("bebop: %s", why)
         config = original(self, *args, **kwargs)
         is_ours = config is not None and "bebop" in (self.additional_config or {})
         if is_ours and self.speculative_config.get("max_model_len") is None:

@@ -1,4 +1,5 @@
-"""Model runner V1 (`VLLM_USE_V2_MODEL_RUNNER=0`; the CPU build always): drafting, verification and sampling.
+"""Model runner V1 (`VLLM_USE_V2_MODEL_RUNNER=0`; the default on a CPU, and for most families on a GPU until 0.28):
+drafting, verification and sampling.
 
 V1 hands its proposer and its samplers neither positions nor request ids, and forgets the draft distribution of a
 request that sits out a step. `V1Requests` supplies what is missing; the three classes below are vLLM's own with one

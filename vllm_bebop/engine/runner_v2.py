@@ -1,4 +1,4 @@
-"""Model runner V2 (vLLM's default on GPUs): drafting, verification and sampling.
+"""Model runner V2 (the default on GPUs of newer versions of vLLM): drafting, verification and sampling.
 
 V2 keeps everything by request slot: seeds, temperatures, the cached draft logits. Three methods are replaced, in
 subclasses made of whichever speculator and samplers vLLM built: drawing a draft token, verifying, and sampling without
