@@ -5,8 +5,8 @@ notice: it stays, with its memory. The process that reads the config leaves its 
 environment, which its engine and worker processes inherit; each worker looks after it. Ray hands the environment to
 other hosts and containers too, where that id is another process, started at another time, or none. Times are the
 kernel's count since boot, which no setting of the clock moves; without /proc, nothing is done. A worker that ends takes
-its engine core along, upstream's own rule. A worker that waits inside a driver or a collective call never gets to handle
-SIGTERM, and is killed.
+its engine core along, upstream's own rule. A worker that waits inside a driver or a collective call never gets to
+handle SIGTERM, and is killed.
 """
 
 import os
