@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.tiny_heads import CONFIGS
 from vllm_bebop.draft import DraftError, read_draft
 from vllm_bebop.families import FamilyError
-from vllm_bebop.tensor_files import CheckpointError, read_json
+from vllm_bebop.merge import merge
+from vllm_bebop.tensor_files import read_json
 from vllm_bebop.train import backbone, checkpoint
 from vllm_bebop.train import run as run_module
 from vllm_bebop.train.backbone import packed_hidden_states
@@ -235,8 +236,51 @@ def test_train_starts_from_a_draft(model, uninterrupted, tmp_path):
         torch.testing.assert_close(started[name], tensor, rtol=0, atol=1e-6)
     with pytest.raises(DraftError, match="absent: neither an existing directory"):
         train(model, tmp_path / "other", settings, start=tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="lacks mtp"):  # no silent start from the target's last layer
+    with pytest.raises(DraftError, match="head lacks 29 tensors: mtp"):  # no silent start from the target's last layer
         train(model, tmp_path / "other", settings, start=model)
+
+
+def test_train_refuses_a_start_that_could_not_be_served_before_the_target_is_read(
+    model, uninterrupted, tmp_path, monkeypatch
+):
+    start = tmp_path / "start"
+    shutil.copytree(uninterrupted[1], start)
+    tensors = load_file(start / "model.safetensors")
+    tensors["mtp.fc.weight"][0, 0] = torch.nan
+    save_file(tensors, start / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(run_module, "load_target", None)
+    with pytest.raises(DraftError, match="mtp.fc.weight has 1 NaN"):
+        train(model, tmp_path / "draft", start=start)
+    assert not (tmp_path / "draft.training").exists()
+
+
+def test_train_starts_from_a_draft_where_the_target_declares_no_head(model, uninterrupted, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    assert train(target, tmp_path / "draft", replace(SETTINGS, max_updates=1), start=uninterrupted[1])
+
+
+def test_train_refuses_to_resume_from_another_start(model, uninterrupted, tmp_path):
+    """Under the same name: `first` trained anew, or the target's own head pushed by someone."""
+    shutil.copytree(uninterrupted[1], tmp_path / "first")
+    settings = replace(SETTINGS, max_updates=1)
+    second = train(model, tmp_path / "second", settings, start=tmp_path / "first")
+    shutil.move(tmp_path / "first", tmp_path / "renamed")
+    assert_equal_weights(train(model, tmp_path / "second", settings, start=tmp_path / "renamed"), second)
+    shutil.copytree(second.path, tmp_path / "first")
+    with pytest.raises(TrainingError, match="second.training was begun with start"):
+        train(model, tmp_path / "second", settings, start=tmp_path / "first")
+
+    merge(model, uninterrupted[1], tmp_path / "target")
+    shutil.copy(model / "data.jsonl", tmp_path / "target")
+    train(tmp_path / "target", tmp_path / "third", settings)
+    shutil.rmtree(tmp_path / "target")
+    merge(model, second.path, tmp_path / "target")
+    shutil.copy(model / "data.jsonl", tmp_path / "target")
+    with pytest.raises(TrainingError, match="third.training was begun with start"):
+        train(tmp_path / "target", tmp_path / "third", settings)
 
 
 def test_train_refuses_to_resume_with_other_settings(model, uninterrupted):

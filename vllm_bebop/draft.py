@@ -14,6 +14,7 @@ Everything is checked here because vLLM loads a draft that lacks its input proje
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Draft", "DraftError", "HeadReport", "add_checksums", "draft_config", "element_checksum", "fingerprint"),
-    *("head_tensor_names", "inspect_checkpoint_head", "read_draft", "refuse_misread_path"),
+    *("head_digest", "head_tensor_names", "inspect_checkpoint_head", "read_draft", "refuse_misread_path"),
     *("refuse_quantised_head", "resolve_draft", "write_draft"),
 ]
 
@@ -198,6 +199,27 @@ def head_tensor_names(model_dir: str | Path, config: Config) -> frozenset[str]:
         return frozenset(name for name in head if not family.is_target_copy(name, config))
     layouts = family.expert_layouts or (None,)
     return frozenset(name for layout in layouts for name in family.expected_tensors(config, layout))
+
+
+def head_digest(directory: str | Path) -> str:
+    """SHA-256 over the names and bytes of the head's tensors in a target's or a draft's directory.
+
+    `fingerprint` is for the base model and leaves the head out; this tells a head that was trained anew from the old.
+
+    Raises:
+        CheckpointError: config.json is unreadable. FamilyError: it describes no supported head.
+    """
+    directory = Path(directory)
+    names = head_tensor_names(directory, read_json(directory / CONFIG_FILE))
+    entries, _ = list_tensors(directory, allow_links=True)
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        entry = entries[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            digest.update(stream.read(entry.end - entry.begin))
+    return digest.hexdigest()
 
 
 def write_draft(

@@ -134,25 +134,14 @@ def _model_digest(model: str) -> str | None:
 
 
 def _head_digest(directory: str) -> str | None:
-    """sha256 over the head's tensors, names and bytes, so that a head trained anew is another condition."""
-    from vllm_bebop.draft import head_tensor_names
+    from vllm_bebop.draft import head_digest
     from vllm_bebop.families import FamilyError
-    from vllm_bebop.tensor_files import CheckpointError, list_tensors, read_json
+    from vllm_bebop.tensor_files import CheckpointError
 
-    path = Path(directory)
-    if not path.is_dir():
+    if not Path(directory).is_dir():
         return None
     try:
-        names = head_tensor_names(path, read_json(path / "config.json"))
+        return head_digest(directory)[:16]
     except FamilyError as error:
         problem = f"{error}; `bebop rollout` takes any model without --num-speculative-tokens"
-        raise CheckpointError(problem, path=path) from None
-    entries, _ = list_tensors(path, allow_links=True)
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        entry = entries[name]
-        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        with entry.file.open("rb") as stream:
-            stream.seek(entry.begin)
-            digest.update(stream.read(entry.end - entry.begin))
-    return digest.hexdigest()[:16]
+        raise CheckpointError(problem, path=directory) from None

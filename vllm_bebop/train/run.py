@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from vllm_bebop.draft import Draft, fingerprint, refuse_destination, resolve_draft
+from vllm_bebop.draft import (
+    Draft,
+    draft_config,
+    fingerprint,
+    head_digest,
+    read_draft,
+    refuse_destination,
+    resolve_draft,
+)
 from vllm_bebop.durable import write_json
 from vllm_bebop.families import recognise
 from vllm_bebop.tensor_files import CONFIG_FILE, read_json
@@ -60,8 +68,13 @@ def train_draft(
     run = out.with_name(out.name + ".training")
     refuse_destination(out)
     _refuse_target(model)
-    start = None if start is None else resolve_draft(start)
     processes = Processes.from_environment(vocabulary_parallel)
+    if start is not None:
+        start = resolve_draft(start)
+        served_with = draft_config(read_json(model / CONFIG_FILE), num_layers=1)
+        for warning in read_draft(start, served_with, model).warnings:
+            if processes.is_first:
+                print(f"{start}: {warning}", flush=True)
     processes.vocabulary_shard(new_head(empty_target(model)).lm_head)  # a model that cannot be trained is refused here
     documents = _read(model, data, settings, strict)
     rows = PackedRows(documents, settings.context, settings.num_steps, settings.seed)
@@ -69,7 +82,7 @@ def train_draft(
     asked = {
         "model": fingerprint(model),
         "data": documents.fingerprint(),
-        "start": None if start is None else str(start),
+        "start": head_digest(model if start is None else start),  # trained anew, it may be under the same name
         **asdict(settings),
     }
     _refuse_other_run(run, asked)
