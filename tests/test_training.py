@@ -18,13 +18,13 @@ from vllm_bebop.draft import DraftError, read_draft
 from vllm_bebop.families import FamilyError
 from vllm_bebop.merge import merge
 from vllm_bebop.tensor_files import read_json
-from vllm_bebop.train import backbone, checkpoint
+from vllm_bebop.train import backbone, checkpoint, loop
 from vllm_bebop.train import run as run_module
 from vllm_bebop.train.backbone import packed_hidden_states
 from vllm_bebop.train.data import Documents, PackedRows
 from vllm_bebop.train.heads import initial_head, load_head
 from vllm_bebop.train.joint import clip_head_gradients, head_parameter_group, joint_head_loss
-from vllm_bebop.train.loop import Settings, TrainingError, updates_per_epoch
+from vllm_bebop.train.loop import Settings, Trainer, TrainingError, updates_per_epoch
 from vllm_bebop.train.objective import trained_chains
 from vllm_bebop.train.processes import Processes
 from vllm_bebop.train.records import BadLines, DataError
@@ -109,6 +109,49 @@ def test_train_resumed_equals_uninterrupted_bit_for_bit(model, uninterrupted, tm
     assert [{k: r[k] for k in keys} for r in logged(out)] == [{k: r[k] for k in keys} for r in logged(uninterrupted[1])]
 
 
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def interrupt(request):
+    """Send this process a signal, which does what Ctrl-C does (tests started in the background ignore SIGINT)."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield lambda: signal.raise_signal(request.param)
+    assert signal.signal(request.param, before) is signal.default_int_handler, "not put back"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_train_interrupted_saves_the_update_under_way(
+    model, uninterrupted, tmp_path, monkeypatch, capfd, interrupt, times
+):
+    out = tmp_path / "draft"
+    real = Trainer._update
+
+    def interrupted(trainer, update):
+        for _ in range(times if update == 2 else 0):
+            interrupt()
+        return real(trainer, update)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, out)
+    monkeypatch.undo()
+    assert "the same again stops at once" in capfd.readouterr().err
+    found = checkpoint.load_newest(tmp_path / "draft.training")
+    if times == 2:
+        assert found is None
+    else:
+        assert found.update == 3
+    assert_equal_weights(train(model, out), uninterrupted[0])
+
+
+@pytest.mark.parametrize(("seconds", "updates"), [(600, [4, 6]), (0, [1, 2, 3, 4, 5, 6])])
+def test_train_saves_by_the_number_of_updates_and_by_the_clock(model, tmp_path, monkeypatch, seconds, updates):
+    saved = []
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda run, update, state: saved.append(update) or real(run, update, state))
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", seconds)
+    train(model, tmp_path / "draft", save_every=4)
+    assert saved == updates
+
+
 def test_train_killed_resumes_from_the_last_checkpoint(model, uninterrupted, tmp_path):
     out = tmp_path / "draft"
     script = f"""
@@ -176,7 +219,7 @@ def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, t
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import shutil, torch\n"
-        "from pathlib import Path\nfrom tests.test_training import checkpoint, train\n"
+        "from pathlib import Path\nfrom tests.test_training import Trainer, checkpoint, signal, train\n"
         "from vllm_bebop.train import run\n"
         f"model, out = Path({str(model)!r}), Path({str(tmp_path)!r})\n"
         "def by_the_first(read):\n"
@@ -192,6 +235,18 @@ def test_train_on_two_processes_follows_the_curve_of_one(model, uninterrupted, t
         "    next((out / 'kept').iterdir()).unlink()\n"
         "torch.distributed.barrier()\n"
         "train(model, out / 'rows_shared_out', save_every=4, hidden_states=out / 'kept')  # from update 4 on\n"
+        "real = Trainer._update\n"
+        "def interrupted(trainer, update):\n"
+        "    if update == 2 and torch.distributed.get_rank() == 1:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    return real(trainer, update)\n"
+        "Trainer._update = interrupted\n"
+        "try:\n"
+        "    train(model, out / 'vocabulary_shared_out', vocabulary_parallel=2)\n"
+        "except KeyboardInterrupt:\n"
+        "    Trainer._update = real\n"
+        "assert [path.name for path in (out / 'vocabulary_shared_out.training').glob('checkpoint-*')] == "
+        "['checkpoint-00000003']\n"
         "train(model, out / 'vocabulary_shared_out', vocabulary_parallel=2)\n"
         "torch.distributed.barrier()\n"
         "import os; os._exit(0)  # see tests/test_processes.py\n"

@@ -180,7 +180,7 @@ def train(
     top_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
     min_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
     seed: Annotated[int, typer.Option(help="Of packing and order.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 200,
+    save_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints; also every 10 minutes.")] = 200,
     hidden_states: Annotated[
         Path | None,
         typer.Option(help="Directory that keeps the target's hidden states, for later epochs and runs on this data."),

@@ -30,11 +30,13 @@ from vllm_bebop.train import checkpoint
 from vllm_bebop.train.backbone import packed_hidden_states
 from vllm_bebop.train.data import PackedRows, Row
 from vllm_bebop.train.hidden_states import HiddenStates
+from vllm_bebop.train.interruption import Interruption
 from vllm_bebop.train.log import TrainingLog
 from vllm_bebop.train.losses import LOSSES, SamplingPolicy
 from vllm_bebop.train.objective import Rollout, accepted_drafts, head_objective, trained_chains
 from vllm_bebop.train.processes import Processes
 
+_SAVE_SECONDS = 600  # since the last checkpoint: time for another
 _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -101,7 +103,7 @@ class Trainer:
         rollout: of its head, in fp32 (the optimizer's master weights) on the same device, spread likewise.
         rows: the data.
         run: directory for checkpoints and logs.
-        save_every: updates between checkpoints.
+        save_every: updates between checkpoints, of which one is also written every 10 minutes.
         kept: hidden states that need not be computed again; None: all are computed.
     Raises:
         TrainingError: see `updates_per_epoch`.
@@ -131,16 +133,20 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint in `run` if there is one.
 
+        Ctrl-C or SIGTERM, to any of the processes, is heeded by all of them behind the update under way.
+
         Returns:
             The head's state dict, whole and on the CPU; empty on every process but the first.
         Raises:
+            KeyboardInterrupt: after such a signal, with a checkpoint; at once and without one after a second signal.
             TrainingError: the loss or its gradient is not finite, or the GPU's memory does not suffice.
             OSError: a checkpoint cannot be written; earlier ones are untouched.
         """
         update = self._resume()
         first = self.processes.is_first
         bar = tqdm(total=self.updates, initial=update, desc=self.settings.loss, unit="update", disable=not first)
-        with TrainingLog(self.run if first else None, update) as log, bar:
+        saved = time.monotonic()
+        with TrainingLog(self.run if first else None, update) as log, bar, Interruption() as interruption:
             while update < self.updates:
                 started = time.perf_counter()
                 try:
@@ -158,8 +164,14 @@ class Trainer:
                     f"loss {record['loss']:.4f}, alpha {overlap}, {record['tokens'] / seconds:.0f} tok/s"
                 )
                 bar.update()
-                if update % self.save_every == 0 or update == self.updates:
+                is_wanted, is_overdue = self.processes.any_of(
+                    interruption.is_wanted, time.monotonic() - saved >= _SAVE_SECONDS
+                )
+                if is_wanted or is_overdue or update % self.save_every == 0 or update == self.updates:
                     self._save(update)
+                    saved = time.monotonic()
+                if is_wanted:
+                    raise KeyboardInterrupt
         head = get_model_state_dict(self.rollout, options=_WHOLE_ON_CPU)
         return {name.removeprefix("head."): tensor for name, tensor in head.items()}
 

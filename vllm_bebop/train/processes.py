@@ -151,3 +151,11 @@ class Processes:
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.mesh["data"].get_group())
         return tensor
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Each flag, set on every process where it is set on one."""
+        if self.mesh is None:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.bool().tolist()

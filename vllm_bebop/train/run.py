@@ -54,7 +54,7 @@ def train_draft(
         out: the draft directory to create; `out`.training beside it holds checkpoints and logs.
         start: draft to start from, a directory or a Hub repository; default the checkpoint's own head, else its last
             decoder layer.
-        save_every: updates between checkpoints.
+        save_every: updates between checkpoints, of which one is also written every 10 minutes.
         vocabulary_parallel: processes that have the same rows and share out the projection on the vocabulary.
         strict: a bad line of data is an error.
         hidden_states: directory that keeps the target's hidden states, for later epochs and runs on the same data;
@@ -63,6 +63,7 @@ def train_draft(
         The draft, on the first process; None on the others.
     Raises:
         UserError: what cannot be trained; the message says what to change.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, see `Trainer.train`.
     """
     model, out = find_checkpoint(model), Path(out).absolute()
     run = out.with_name(out.name + ".training")
