@@ -179,11 +179,14 @@ def train(
     top_k: Annotated[int | None, typer.Option(help="That rollouts are sampled with.")] = None,
     top_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
     min_p: Annotated[float | None, typer.Option(help="That rollouts are sampled with.")] = None,
-    seed: Annotated[int, typer.Option(help="Of packing and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of rows.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints; also every 10 minutes.")] = 200,
     hidden_states: Annotated[
         Path | None,
-        typer.Option(help="Directory that keeps the target's hidden states, for later epochs and runs on this data."),
+        typer.Option(
+            help="Directory that keeps the target's hidden states, for later epochs and for runs on the same data with "
+            "the same --context and --steps."
+        ),
     ] = None,
     vocabulary_parallel: Annotated[int, typer.Option(help="Processes that share lm_head out.")] = 1,
     strict: Annotated[bool, typer.Option("--strict", help="A bad line of data is an error.")] = False,

@@ -187,8 +187,9 @@ class Row(NamedTuple):
 class PackedRows:
     """Documents packed into rows of `context` tokens; every row of every epoch can be asked for by number.
 
-    Packing depends on the seed, the order of the rows on seed and epoch; neither on who asks, so that processes share
-    rows out by number and a resumed run goes on by number.
+    Packing depends on documents, context and num_steps alone, so that hidden states kept by row serve every seed; the
+    order of the rows on seed and epoch. Neither depends on who asks, so that processes share rows out by number and a
+    resumed run goes on by number.
 
     A document longer than `context` is split into consecutive pieces, each of which begins `num_steps` tokens before
     the end of the one before it: each chain of the document lies in exactly one piece. Positions and attention restart
@@ -211,7 +212,7 @@ class PackedRows:
         if not pieces:
             raise DataError("no document has a chain to train on")
         self.num_tokens = sum(end - begin for begin, end in pieces)
-        random.Random(f"{seed} packing").shuffle(pieces)
+        random.Random("0 packing").shuffle(pieces)  # any constant will do
         self._rows = first_fit(pieces, context)
         self._epoch, self._order = -1, list(range(len(self._rows)))
 

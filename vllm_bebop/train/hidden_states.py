@@ -1,6 +1,7 @@
 """The target's final hidden states on disk: computed once, read by later epochs and other runs. Never logits.
 
-A file per packed row, named after what decides its content: the target, the row's tokens and where documents begin.
+A file per packed row, named after what decides its content: the target, the row's tokens and where documents begin. So
+what is kept serves other losses, rates, seeds and starts, but not another context, whose rows are others.
 """
 
 import hashlib

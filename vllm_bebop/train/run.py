@@ -57,8 +57,9 @@ def train_draft(
         save_every: updates between checkpoints, of which one is also written every 10 minutes.
         vocabulary_parallel: processes that have the same rows and share out the projection on the vocabulary.
         strict: a bad line of data is an error.
-        hidden_states: directory that keeps the target's hidden states, for later epochs and runs on the same data;
-            None: they are computed every time. See `HiddenStates` for its size.
+        hidden_states: directory that keeps the target's hidden states, for later epochs and for runs on the same data
+            with the same `context` and `num_steps`, which decide the rows; None: they are computed every time. See
+            `HiddenStates` for its size.
     Returns:
         The draft, on the first process; None on the others.
     Raises:
