@@ -1,6 +1,6 @@
 r"""Which loss makes the better head: all of them on the tiny model, from the same start, with the same budget.
 
-    python benchmarks/bench_losses.py                 all of it; what an earlier run has measured is kept
+    python benchmarks/bench_losses.py                 all of it; goes on where the same command was cut short
     ... --updates 320 --losses kl tv e2e_tv --out benchmarks/results/losses_320.json
     ... --start kl_head --losses kl tv e2e_tv --out benchmarks/results/losses_from_kl.json     after:
     bebop train --model tiny_model/checkpoint --data .venv/tiny_draft/rollouts.jsonl --loss kl --steps 3 \
@@ -13,12 +13,15 @@ r"""Which loss makes the better head: all of them on the tiny model, from the sa
 3. The head is evaluated on the continuations of held-out prompts, as `bebop eval` does: acceptance length as an engine
    counts it, under rejection sampling and under target-only acceptance, by domain.
 
-Writes benchmarks/results/losses.json, losses.md (the table) and losses.png, or others by --out.
+Writes benchmarks/results/losses.json, losses.md (the table) and losses.png, or others by --out. Runs in a file that was
+measured with other code, versions or texts, or on another device, do not compare with today's: it is refused.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -50,6 +53,7 @@ import train_draft as tiny_draft  # noqa: E402
 MODEL = tiny_draft.CHECKPOINT
 RESULTS = ROOT / "benchmarks" / "results" / "losses.json"
 DOMAINS = ("code", "prose", "math", "agent")
+PURPOSES = ("validation", "held_out")  # of the text to evaluate on
 START = "start"  # the head that every loss starts from
 
 NUM_STEPS = 3  # draft steps, in training and in evaluation
@@ -132,7 +136,7 @@ def _measure(loss: str, rate: float, seed: int, updates: int) -> dict[str, Any]:
             trainer = CachingTrainer(target, Rollout(head), rows, settings, Path(run), Processes(torch.device("cpu")))
             head.load_state_dict(trainer.train())
     head.requires_grad_(False)
-    return {purpose: _acceptance_length(head, purpose) for purpose in ("validation", "held_out")}
+    return {purpose: _acceptance_length(head, purpose) for purpose in PURPOSES}
 
 
 def _acceptance_length(head: MTPHead, purpose: str) -> dict[str, Any]:
@@ -149,20 +153,54 @@ def _key(loss: str, rate: float, seed: int) -> str:
     return f"{loss} rate={rate:g} seed={seed}"
 
 
-def run_all(
-    directory: Path, path: Path, start: Path, losses: list[str], seeds: list[int], updates: int, workers: int
-) -> dict[str, Any]:
-    """Every measurement that is not in the results file at `path` yet; it is written after each."""
-    conditions = describe(str(MODEL), None if start == MODEL else str(start)) | {
+def measured_with(start: Path, updates: int) -> dict[str, Any]:
+    """All that a run depends on but its loss, rate and seed, and the texts (`text_digests`)."""
+    return describe(str(MODEL), None if start == MODEL else str(start)) | {
         "num_steps": NUM_STEPS,
         "updates": updates,
-        "rates": RATES,
+        "rates": list(RATES),
+        "tokens_per_update": BATCH_ROWS * CONTEXT,
+        "held_out_documents_per_domain": HELD_OUT,
     }
-    conditions |= {"tokens_per_update": BATCH_ROWS * CONTEXT, "held_out_documents_per_domain": HELD_OUT}
-    results: dict[str, Any] = {"conditions": json.loads(json.dumps(conditions)), "runs": {}}
-    if path.exists() and _same(before := json.loads(path.read_text()), results):
-        results["runs"] = before["runs"]
-    runs = results["runs"]
+
+
+def text_digests(directory: Path) -> dict[str, str]:
+    """Of the text to train on, and of all the text to evaluate on."""
+    evaluation = [directory / f"{purpose}_{domain}.jsonl" for purpose in PURPOSES for domain in DOMAINS]
+    files = {"training": [tiny_draft.SCRATCH / "rollouts.jsonl"], "evaluation": evaluation}
+    return {
+        f"{use}_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in each)).hexdigest()[:16]
+        for use, each in files.items()
+    }
+
+
+def kept_runs(path: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """What the results file at `path` holds already; {} without one.
+
+    Raises:
+        SystemExit: it was measured under other conditions than these, or does not say under which.
+    """
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    if changed := [name for name, value in conditions.items() if before["conditions"].get(name) != value]:
+        raise SystemExit(f"{path} was measured with another {', '.join(changed)}: give another --out, or remove it")
+    return before["runs"]
+
+
+def run_all(
+    directory: Path,
+    path: Path,
+    start: Path,
+    conditions: dict[str, Any],
+    losses: list[str],
+    seeds: list[int],
+    updates: int,
+    workers: int,
+) -> dict[str, Any]:
+    """Every measurement that is not in the results file at `path` yet; it is written after each."""
+    runs = kept_runs(path, conditions)
+    results: dict[str, Any] = {"conditions": conditions, "runs": runs}
 
     def measure(wanted: list[tuple[str, float, int]], label: str) -> None:
         missing = [each for each in wanted if _key(*each) not in runs]
@@ -197,13 +235,6 @@ def run_all(
     }
     write_json(path, results)
     return results
-
-
-def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether both measure the same, be it elsewhere."""
-    elsewhere = ("device", "versions", "code_sha256")
-    wanted = {name: value for name, value in now["conditions"].items() if name not in elsewhere}
-    return all(before["conditions"].get(name) == value for name, value in wanted.items())
 
 
 def table(results: dict[str, Any]) -> str:
@@ -254,12 +285,15 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=ROOT / ".venv" / "losses", help="where generated text is kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; table and plot go beside it")
     arguments = parser.parse_args()
-    arguments.texts.mkdir(parents=True, exist_ok=True)
+    start, texts, out = (path.absolute() for path in (arguments.start, arguments.texts, arguments.out))
+    os.chdir(ROOT)  # recorded paths are relative to it, wherever this was started
+    conditions = measured_with(start, arguments.updates)
+    kept_runs(out, conditions)  # refused, if it must be, before texts are made
+    texts.mkdir(parents=True, exist_ok=True)
     tiny_draft.make_rollouts()
-    make_texts(arguments.texts)
-    out = arguments.out
+    make_texts(texts)
     results = run_all(
-        *(arguments.texts, out, arguments.start),
+        *(texts, out, start, conditions | text_digests(texts)),
         *(arguments.losses, arguments.seeds, arguments.updates, arguments.workers),
     )
     out.with_suffix(".md").write_text(table(results))
