@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny_heads import CONFIGS
-from vllm_bebop.draft import DraftError, read_draft
+from vllm_bebop.draft import DraftError, head_digest, read_draft
 from vllm_bebop.families import FamilyError
 from vllm_bebop.merge import merge
 from vllm_bebop.tensor_files import read_json
 from vllm_bebop.train import backbone, checkpoint, loop
 from vllm_bebop.train import run as run_module
 from vllm_bebop.train.backbone import packed_hidden_states
-from vllm_bebop.train.data import Documents, PackedRows
+from vllm_bebop.train.data import Documents, PackedRows, load_documents
 from vllm_bebop.train.heads import initial_head, load_head
 from vllm_bebop.train.joint import clip_head_gradients, head_parameter_group, joint_head_loss
 from vllm_bebop.train.loop import Settings, Trainer, TrainingError, updates_per_epoch
@@ -81,6 +81,9 @@ def test_train_raises_acceptance_and_leaves_a_valid_draft(model, uninterrupted):
     draft, out = uninterrupted
     assert read_draft(out, read_json(model / "config.json"), model).warnings == ()
     assert draft.metadata["loss"] == "e2e_tv" and draft.metadata["steps"] == 6 and draft.metadata["gamma"] == 2
+    assert draft.metadata["learning_rate"] == SETTINGS.learning_rate
+    assert draft.metadata["data_sha256"] == load_documents([model / "data.jsonl"], None, 96, 2).fingerprint()
+    assert draft.metadata["start_sha256"] == head_digest(model)  # of a target without a head
     records = logged(out)
     assert [record["update"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["acceptance_length"] > records[0]["acceptance_length"] + 0.05
@@ -286,7 +289,9 @@ def test_train_reads_hidden_states_that_were_kept(model, tmp_path, monkeypatch):
 def test_train_starts_from_a_draft(model, uninterrupted, tmp_path):
     draft, _ = uninterrupted
     settings = replace(SETTINGS, learning_rate=1e-9, max_updates=1)
-    started = weights(train(model, tmp_path / "draft", settings, start=draft.path))
+    trained = train(model, tmp_path / "draft", settings, start=draft.path)
+    assert trained.metadata["start_sha256"] == head_digest(draft.path) != draft.metadata["start_sha256"]
+    started = weights(trained)
     for name, tensor in weights(draft).items():
         torch.testing.assert_close(started[name], tensor, rtol=0, atol=1e-6)
     with pytest.raises(DraftError, match="absent: neither an existing directory"):

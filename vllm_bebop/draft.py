@@ -6,8 +6,10 @@ A draft is a directory:
     model.safetensors               the head's tensors and nothing else, under their native names (or shards with
                                     model.safetensors.index.json)
     bebop.json                      optional: `format_version`, `base_fingerprint`, `loss`, `steps` (updates), `gamma`
-                                    (draft steps trained together), and the `sampling` policy trained for
-                                    (temperature, top_k, top_p, min_p)
+                                    (draft steps trained together), `learning_rate`, the `sampling` policy trained for
+                                    (temperature, top_k, top_p, min_p), and `data_sha256` and `start_sha256`, of the
+                                    documents trained on and of the head started from (`head_digest`; of no tensors
+                                    where that was made of the target's last layer)
 
 Everything is checked here because vLLM loads a draft that lacks its input projection, or holds NaN, without a word.
 """

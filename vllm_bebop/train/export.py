@@ -22,8 +22,7 @@ def export_draft(head: MTPHead, model_directory: str | Path, out: str | Path, me
             but for the router's score-correction bias, which stays fp32.
         model_directory: the target that the head was trained for: gives the config and the fingerprint.
         out: the directory to create. A draft written by us is replaced, anything else refused.
-        metadata: for bebop.json: `loss`, `steps` (updates), `gamma` (draft steps trained together) and `sampling` (the
-            policy: temperature, top_k, top_p, min_p); `base_fingerprint` is added.
+        metadata: for bebop.json, see `vllm_bebop.draft`; `base_fingerprint` is added.
     Raises:
         DraftError: `out` is not ours to replace, or the head is no valid draft (NaN, Inf, a dtype too narrow).
     """

@@ -102,7 +102,10 @@ def train_draft(
         "loss": settings.loss,
         "steps": trainer.updates,
         "gamma": settings.num_steps,
+        "learning_rate": settings.learning_rate,
         "sampling": asdict(settings.policy),
+        "data_sha256": asked["data"],
+        "start_sha256": asked["start"],
     }
     return export_draft(_whole_head(target, state), model, out, metadata)
 
