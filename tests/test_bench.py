@@ -250,13 +250,32 @@ def test_run_resumes_after_a_failure(tmp_path) -> None:
         {"engine": {"trust_remote_code": True}},
     ],
 )
-def test_run_starts_afresh_under_other_conditions(tmp_path, capsys, change) -> None:
+def test_run_leaves_results_of_other_conditions_alone(tmp_path, change) -> None:
     output = tmp_path / "out.json"
     acceptance.run(sweep(), output, Runner())
-    again = Runner()
-    acceptance.run(sweep(**change), output, again)
-    assert len(again.jobs) == 2
-    assert "starting afresh" in capsys.readouterr().out
+    before, again = output.read_text(), Runner()
+    with pytest.raises(BenchError, match=r"out.json was measured under other conditions \(.*name another --output"):
+        acceptance.run(sweep(**change), output, again)
+    assert not again.jobs and output.read_text() == before
+
+
+@pytest.mark.parametrize("content", ["notes\n", "[]", "{}"])
+def test_run_leaves_files_of_others_alone(tmp_path, content: str) -> None:
+    output = tmp_path / "notes.txt"
+    output.write_text(content)
+    runner = Runner()
+    with pytest.raises(BenchError, match="notes.txt is no result of `bebop bench`"):
+        acceptance.run(sweep(), output, runner)
+    assert not runner.jobs and output.read_text() == content
+
+
+def test_run_measures_nothing_that_it_cannot_write(tmp_path) -> None:
+    runner = Runner()
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "out.json"):
+        with pytest.raises(BenchError, match="name another --output"):
+            acceptance.run(sweep(), output, runner)
+    assert not runner.jobs
 
 
 def test_jobs_say_what_the_sweep_does() -> None:

@@ -1,7 +1,7 @@
 """The acceptance benchmark: methods x draft lengths x domains x temperatures on the real engine, resumable.
 
 Every (method, gamma) is one engine in a fresh process (`bench.measure`); what an engine has finished stays in the
-results file and is not run again unless the conditions have changed.
+results file and is not run again; a file of other conditions is refused.
 """
 
 from __future__ import annotations
@@ -166,10 +166,15 @@ def run(
         output: JSON; see its "notes" for the meaning of every number.
         run_job: measures one engine; tests put their own here.
     Raises:
-        BenchError: an engine failed; what had finished before is kept.
+        BenchError: `output` cannot be written, or holds something else; or an engine failed, and what had finished
+            before is kept.
     """
     conditions, jobs = sweep.conditions(), sweep.jobs()
     results = _resume(output, conditions)
+    try:
+        write_json(output, results)
+    except OSError as error:
+        raise BenchError(f"{output} cannot be written ({error.strerror}): name another --output") from None
     done = {(engine["method"], engine["num_speculative_tokens"]) for engine in results["engines"]}
     waiting = [job for job in jobs if (job.method, job.num_speculative_tokens) not in done]
     if len(waiting) < len(jobs):
@@ -194,16 +199,19 @@ def run(
 
 
 def _resume(output: Path, conditions: dict[str, Any]) -> dict[str, Any]:
-    """The results so far if they were measured under the same conditions, else none."""
-    fresh = {"conditions": conditions, "notes": list(_NOTES), "engines": []}
+    """The results so far, none without a file. Raises BenchError where they are not of the same conditions."""
+    if not output.exists():
+        return {"conditions": conditions, "notes": list(_NOTES), "engines": []}
     try:
         found = json.loads(output.read_text())
-    except (OSError, ValueError):
-        return fresh
-    before = found.get("conditions", {})
+        before = found["conditions"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise BenchError(f"{output} is no result of `bebop bench`: name another --output") from None
     if changed := [key for key in conditions.keys() | before.keys() if conditions.get(key) != before.get(key)]:
-        print(f"{output} was measured under other conditions ({', '.join(sorted(changed))}): starting afresh")
-        return fresh
+        raise BenchError(
+            f"{output} was measured under other conditions ({', '.join(sorted(changed))}): name another --output, or "
+            "remove it"
+        )
     return found
 
 
