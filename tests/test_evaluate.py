@@ -283,6 +283,22 @@ def test_bootstrap_draws_whole_documents():
     assert interval[0, 1] - interval[0, 0] > 2 * over_positions
 
 
+def test_samples_of_one_prompt_are_drawn_together(wide):
+    """Here they are equal: eight of each prompt say no more than one."""
+    model, head = wide
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(61, (40,), generator=generator) for _ in range(5)]
+    once = [Text(token_ids, torch.arange(40) >= 2) for token_ids in prompts]
+    alone, together = (evaluate(model, head, {"x": texts}, 3, PLAIN)["all"] for texts in (once, 8 * once))
+    assert (alone["num_documents"], together["num_documents"]) == (5, 40)
+    assert alone["num_prompts"] == together["num_prompts"] == 5
+    assert together["acceptance_length"] == alone["acceptance_length"]
+    without = [Text(token_ids) for token_ids in prompts]
+    assert evaluate(model, head, {"x": 8 * without}, 3, PLAIN)["all"]["num_prompts"] == 40
+    after_one = [Text(token_ids, torch.arange(40) >= 1) for token_ids in prompts]
+    assert evaluate(model, head, {"x": 8 * after_one}, 3, PLAIN)["all"]["num_prompts"] == 40
+
+
 def test_share_where_rejection_sampling_wins_is_eq_48():
     model, head = tiny(3, sharpness=3.0)
     token_ids = [1, 0, 2, 2, 0, 1, 1] * 6

@@ -60,7 +60,8 @@ NOTES = {
     "by_position": "the same, and acceptance_length, by output tokens known when the round is drafted",
     "tokens_outside_policy": "share of the text's tokens that the policy cannot sample: above 0, the text is not its "
     "own and the acceptance lengths are not the serving engine's",
-    "interval_95": "bootstrap over documents; null for a single document",
+    "interval_95": "bootstrap over prompts: documents that begin with the same one are drawn together, a document "
+    "without a prompt by itself; null for a single prompt",
 }
 
 Array = NDArray[np.float64]
@@ -205,11 +206,13 @@ def evaluate(
     Raises:
         EvaluationError: a domain without a single chain.
     """
-    columns: dict[str, list[Columns]] = {}
+    columns: dict[str, list[list[Columns]]] = {}
     for domain, each in documents.items():
-        with tqdm(each, desc=domain, unit="document") as progress:
-            found = (chain_statistics(model, head, text, num_steps, policy) for text in progress)
-            columns[domain] = [_columns(chains) for chains in found if chains is not None]
+        by_prompt: dict[bytes | int, list[Columns]] = {}
+        for i, text in enumerate(tqdm(each, desc=domain, unit="document")):
+            if (chains := chain_statistics(model, head, text, num_steps, policy)) is not None:
+                by_prompt.setdefault(_prompt(text) or i, []).append(_columns(chains))
+        columns[domain] = list(by_prompt.values())
         if not columns[domain]:
             raise EvaluationError(
                 f"{domain}: no document has a token followed by {num_steps} that the policy wrote: give longer "
@@ -219,7 +222,7 @@ def evaluate(
         "num_steps": num_steps,
         "policy": asdict(policy),
         "notes": NOTES,
-        "all": _section([document for domain in columns.values() for document in domain]),
+        "all": _section([prompt for domain in columns.values() for prompt in domain]),
         "domains": {domain: _section(each) for domain, each in columns.items()},
     }
 
@@ -272,6 +275,15 @@ def evaluate_files(
     return described | evaluate(model, head, documents, num_steps, policy)
 
 
+def _prompt(text: Text) -> bytes:
+    """The tokens before the first that the policy wrote: samples of one prompt are not independent of each other.
+
+    Empty where there are none, or one alone, with which every text may begin.
+    """
+    length = 0 if text.loss_mask is None else int(torch.as_tensor(text.loss_mask).int().argmax())
+    return torch.as_tensor(text.token_ids[:length], dtype=torch.int32).numpy().tobytes() if length > 1 else b""
+
+
 def _columns(chains: Chains) -> Columns:
     """What a document adds to every average."""
     num_steps, num_chains = chains.entropy.shape
@@ -318,18 +330,25 @@ def _binned(values: Tensor, bins: Tensor, num_bins: int, weights: Tensor | None 
     return np.bincount(where, weighted, num_bins).astype(float), np.bincount(where, total, num_bins).astype(float)
 
 
-def _section(documents: list[Columns]) -> dict[str, Any]:
-    """The averages over documents, nested as the columns' names say; a list for each column by something."""
-    names = list(documents[0])
+def _section(prompts: list[list[Columns]]) -> dict[str, Any]:
+    """The averages over each prompt's documents, nested as the columns' names say; a list where by something."""
+    first = prompts[0][0]
+    names = list(first)
     sums, weights = (
-        np.stack([np.concatenate([document[name][part] for name in names]) for document in documents])
+        np.stack(
+            [
+                np.sum([np.concatenate([document[name][part] for name in names]) for document in prompt], axis=0)
+                for prompt in prompts
+            ]
+        )
         for part in (0, 1)
     )
-    ends = np.cumsum([len(documents[0][name][0]) for name in names])[:-1]
+    ends = np.cumsum([len(first[name][0]) for name in names])[:-1]
     means, intervals = (np.split(values, ends) for values in _ratios(sums, weights))
     totals = dict(zip(names, np.split(weights.sum(0), ends), strict=True))
     section: dict[str, Any] = {
-        "num_documents": len(documents),
+        "num_documents": sum(map(len, prompts)),
+        "num_prompts": len(prompts),
         "num_chains": int(totals["tokens_outside_policy"][0]),
     }
     for name, mean, interval in zip(names, means, intervals, strict=True):
@@ -347,23 +366,23 @@ def _section(documents: list[Columns]) -> dict[str, Any]:
 
 
 def _ratios(sums: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted means over documents and their bootstrap 95 % intervals; documents are drawn whole.
+    """Weighted means and their bootstrap 95 % intervals; prompts are drawn whole.
 
     Args:
-        sums, weights: [documents, columns].
+        sums, weights: [prompts, columns].
     Returns:
-        [columns] and [columns, 2]; NaN where nothing was counted, and for the intervals of a single document.
+        [columns] and [columns, 2]; NaN where nothing was counted, and for the intervals of a single prompt.
     """
-    documents, columns = sums.shape
+    prompts, columns = sums.shape
     means, intervals = np.full(columns, np.nan), np.full((columns, 2), np.nan)
     seen = weights.sum(0) > 0
     means[seen] = sums[:, seen].sum(0) / weights[:, seen].sum(0)
-    if documents > 1:
+    if prompts > 1:
         rng = np.random.default_rng(0)
         resampled = []
         for _ in range(_BOOTSTRAP_RESAMPLES // _BOOTSTRAP_BLOCK):
-            drawn = rng.multinomial(documents, np.full(documents, 1 / documents), _BOOTSTRAP_BLOCK).astype(float)
-            with np.errstate(invalid="ignore"):  # a draw may leave out every document that has something to count
+            drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), _BOOTSTRAP_BLOCK).astype(float)
+            with np.errstate(invalid="ignore"):  # a draw may leave out every prompt that has something to count
                 resampled.append((drawn @ sums[:, seen]) / (drawn @ weights[:, seen]))
         intervals[seen] = np.nanquantile(np.concatenate(resampled), (0.025, 0.975), axis=0).T
     return means, intervals

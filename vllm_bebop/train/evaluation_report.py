@@ -31,7 +31,7 @@ def table(results: Mapping[str, Any]) -> str:
         alphas = " ".join(f"{value:.3f}" for value in section["by_step"]["rejection_sampling"]["mean"])
         entropy = section["by_step"]["target_entropy"]["mean"][0]
         lines.append(f"{name:<{width}} {section['num_chains']:>8} {entropy:>8.3f}  {lengths}{alphas}")
-    lines += ["", "Acceptance lengths: accepted drafts + 1 per round, 95 % interval over documents. Entropy in nats."]
+    lines += ["", "Acceptance lengths: accepted drafts + 1 per round, 95 % interval over prompts. Entropy in nats."]
     wins = results["all"]["by_step"]["rejection_sampling_wins"]["mean"]
     share = sum(wins) / len(wins)
     lines.append(f"Rejection sampling accepts more than target-only at {share:.1%} of the positions (Eq. 48).")
