@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, shown_path
+from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, on_cpu, shown_path
 from vllm_bebop.durable import write_json
 from vllm_bebop.errors import UserError
 from vllm_bebop.tensor_files import fingerprint
@@ -219,6 +219,10 @@ def start_engine(
         "tensor_parallel_size": tensor_parallel_size,
         "seed": seed,
     }
+    if on_cpu() and not num_speculative_tokens:
+        # A seeded request's generator is rewound after a part of its prompt, which a CPU's cannot be (bebop's sampler
+        # has none). Hybrid models read prompts in parts, and insist on it, where prefixes are cached.
+        arguments |= {"enable_chunked_prefill": False, "enable_prefix_caching": False}
     return LLM(model, **(arguments | engine_options() | dict(engine or {})))
 
 

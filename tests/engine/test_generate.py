@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support.engines import BEBOP, TINY_MODEL, engine
+from vllm_bebop.bench.conditions import on_cpu
 from vllm_bebop.generate import (
     RolloutError,
     RolloutFile,
@@ -137,6 +138,11 @@ def test_start_engine_hands_its_arguments_on(monkeypatch):
     arguments = start_engine("m", 32, num_speculative_tokens=2, engine={"max_model_len": 16, "load_format": "dummy"})
     assert arguments["speculative_config"] == {"method": "bebop", "num_speculative_tokens": 2}
     assert (arguments["model"], arguments["max_model_len"], arguments["load_format"]) == ("m", 16, "dummy")
+
+    # Without speculation a prompt is read whole on a CPU, unless the user says otherwise.
+    whole = start_engine("m", 32)
+    assert ("enable_chunked_prefill" in whole and "enable_prefix_caching" in whole) == on_cpu()
+    assert start_engine("m", 32, engine={"enable_chunked_prefill": True})["enable_chunked_prefill"]
 
 
 def test_rollout_file_refuses_a_file_that_it_did_not_begin(tmp_path):
