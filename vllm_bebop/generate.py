@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,8 @@ def run(
     Returns:
         The number of samples in `output`, all there are.
     Raises:
-        RolloutError: no such model, settings that exclude each other, or `output` was begun under others.
+        RolloutError: no such model, settings that exclude each other or that vLLM refuses, or `output` was begun under
+            others.
         DataError: no usable prompt, or a bad line and `strict` is set.
     """
     if draft is not None and num_speculative_tokens == 0:
@@ -123,17 +125,25 @@ def run(
     if sampling.temperature < 1e-5:
         raise RolloutError("temperature is 0: a greedy policy has no distribution to learn; use > 0")
 
-    prompts, bad_lines = read_prompts(data, *_tokenizer_and_vocab_size(model), prompt_tokens, strict)
+    tokenizer, vocab_size = _tokenizer_and_vocab_size(model)
+    context = context_length(model, engine)
+    if sampling.max_tokens >= context:
+        raise RolloutError(
+            f"max_tokens of {sampling.max_tokens} leaves a prompt no room in the model's context of {context}: lower it"
+        )
+    longest = context - sampling.max_tokens
+    prompts, bad_lines = read_prompts(data, tokenizer, vocab_size, prompt_tokens, strict, longest)
     print(f"{len(prompts)} prompts; {bad_lines}")
     settings = _settings(model, draft, num_speculative_tokens, prompts) | asdict(sampling)
     file = RolloutFile(output, settings | ({"engine": dict(engine)} if engine else {}))
     total = len(prompts) * sampling.samples_per_prompt
     if len(file.finished) < total:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
+        tokens = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens
+        # Room for the drafts being verified and for the next ones, or model runner V1 stops drafting near the end.
+        drafts = 2 * (num_speculative_tokens + 1) if num_speculative_tokens else 0
         llm = start_engine(
             model,
-            # Room for the drafts being verified and for the next ones, or model runner V1 stops drafting near the end.
-            longest + sampling.max_tokens + (2 * (num_speculative_tokens + 1) if num_speculative_tokens else 0),
+            min(tokens + drafts, context),
             draft=draft,
             num_speculative_tokens=num_speculative_tokens,
             executor=executor,
@@ -151,6 +161,7 @@ def read_prompts(
     vocab_size: int,
     prompt_tokens: int | None = None,
     strict: bool = False,
+    longest: int | None = None,
 ) -> tuple[list[Prompt], BadLines]:
     """Prompts from JSONL or Parquet. A line has the first of these keys that is there, and may have a unique "id":
 
@@ -163,6 +174,7 @@ def read_prompts(
         vocab_size: token ids must be below it.
         prompt_tokens: a "text" is cut to its first so many tokens; a longer prompt of another kind is a bad line.
         strict: a bad line is an error.
+        longest: a prompt of more tokens, which the model's context has no room for, is a bad line.
     Raises:
         DataError: no usable line, two lines with one id, or a bad line and `strict` is set.
     """
@@ -182,6 +194,11 @@ def read_prompts(
             token_ids = token_ids[:prompt_tokens]
         if prompt_tokens is not None and len(token_ids) > prompt_tokens:
             raise DataError(f"{len(token_ids)} tokens, more than the {prompt_tokens} that a prompt may have")
+        if longest is not None and len(token_ids) > longest:
+            raise DataError(
+                f"{len(token_ids)} tokens, but with max_tokens the model's context has room for {longest}: "
+                "lower max_tokens, or prompt_tokens, to which texts are cut"
+            )
         return record.get("id"), token_ids
 
     bad_lines, prompts = BadLines(), {}
@@ -191,6 +208,22 @@ def read_prompts(
             raise DataError(f"{place}: a second prompt with the id {prompt_id!r}")
         prompts[prompt_id] = Prompt(prompt_id, token_ids)
     return list(prompts.values()), bad_lines
+
+
+def context_length(model: str, engine: Mapping[str, Any] | None = None) -> int:
+    """Tokens of the longest prompt and continuation that vLLM serves of this model, given these arguments of vllm.LLM.
+
+    Raises:
+        RolloutError: vLLM has no such argument, or refuses its value.
+    """
+    from vllm import EngineArgs
+
+    arguments = engine_options() | dict(engine or {})
+    known = {field.name for field in fields(EngineArgs)} - {"model"}
+    if unknown := [key for key in arguments if key not in known]:
+        raise RolloutError(f"engine: {', '.join(map(repr, unknown))} is no further argument of vllm.LLM: leave it out")
+    with _refusals():
+        return EngineArgs(model=model, **arguments).create_model_config().max_model_len
 
 
 def start_engine(
@@ -204,7 +237,11 @@ def start_engine(
     seed: int = 0,
     engine: Mapping[str, Any] | None = None,
 ) -> LLM:
-    """vLLM's offline engine, with what a machine without a GPU needs; `engine` overrides all else."""
+    """vLLM's offline engine, with what a machine without a GPU needs; `engine` overrides all else.
+
+    Raises:
+        RolloutError: vLLM refuses an argument.
+    """
     from vllm import LLM
 
     speculation = None
@@ -223,7 +260,20 @@ def start_engine(
         # A seeded request's generator is rewound after a part of its prompt, which a CPU's cannot be (bebop's sampler
         # has none). Hybrid models read prompts in parts, and insist on it, where prefixes are cached.
         arguments |= {"enable_chunked_prefill": False, "enable_prefix_caching": False}
-    return LLM(model, **(arguments | engine_options() | dict(engine or {})))
+    with _refusals():
+        return LLM(model, **(arguments | engine_options() | dict(engine or {})))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What vLLM does not accept as an engine's arguments, by name and in its words."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        reasons = [": ".join((*map(str, each["loc"]), each["msg"])) for each in error.errors()]
+        raise RolloutError(f"vLLM refuses the engine's arguments: {'; '.join(reasons)}") from error
 
 
 def generate(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling, file: RolloutFile, batch_size: int = 256) -> None:

@@ -199,6 +199,15 @@ def test_read_prompts_refuses_repeated_id(tmp_path):
         ({}, {"temperature": 0.0}, "no distribution to learn"),
         ({}, {"samples_per_prompt": 0}, "samples_per_prompt"),
         ({"model": "./nowhere"}, {}, "nowhere: no such model"),
+        (
+            {},
+            {"max_tokens": 1024},
+            "max_tokens of 1024 leaves a prompt no room in the model's context of 1024: lower it",
+        ),
+        ({"engine": {"max_model_len": 8}}, {"max_tokens": 8}, "context of 8: lower it"),
+        ({"engine": {"nonsense": 1}}, {"max_tokens": 8}, "engine: 'nonsense' is no further argument of vllm.LLM"),
+        ({"engine": {"model": "other"}}, {"max_tokens": 8}, "engine: 'model' is no"),
+        ({"engine": {"dtype": "int7"}}, {"max_tokens": 8}, "vLLM refuses the engine's arguments: dtype: "),
     ],
 )
 def test_run_refuses_before_the_engine_starts(tmp_path, options, sampling, reason):
@@ -206,6 +215,29 @@ def test_run_refuses_before_the_engine_starts(tmp_path, options, sampling, reaso
     with pytest.raises(RolloutError, match=reason):
         run(**{"model": str(TINY_MODEL)} | options, data=[data], output=output, sampling=Sampling(**sampling))
     assert not (tmp_path / "out.jsonl.settings.json").exists()
+
+
+def test_start_engine_says_what_vllm_refuses():
+    with pytest.raises(RolloutError, match="gpu_memory_utilization: Input should be a valid number"):
+        start_engine(str(TINY_MODEL), 32, engine={"gpu_memory_utilization": "most"})
+
+
+@pytest.mark.parametrize(("num_speculative_tokens", "max_model_len"), [(0, 48), (3, 56), (500, 1024)])
+def test_run_asks_for_the_context_that_it_needs_and_the_model_has(
+    tmp_path, monkeypatch, num_speculative_tokens, max_model_len
+):
+    started = []
+    monkeypatch.setattr(
+        "vllm_bebop.generate.start_engine", lambda _, max_model_len, **__: started.append(max_model_len)
+    )
+    monkeypatch.setattr("vllm_bebop.generate.generate", lambda *_: None)
+    lines = [{"prompt_token_ids": [5] * 40}, {"prompt_token_ids": [5] * 1017}]  # the second and 8 tokens are 1 too many
+    data, sampling = write_lines(tmp_path / "p.jsonl", lines), Sampling(max_tokens=8)
+    options = {"num_speculative_tokens": num_speculative_tokens}
+    assert run(str(TINY_MODEL), [data], tmp_path / "out.jsonl", sampling, **options) == 1
+    assert started == [max_model_len]
+    with pytest.raises(DataError, match="p.jsonl:2: 1017 tokens, but with max_tokens .* has room for 1016: lower"):
+        run(str(TINY_MODEL), [data], tmp_path / "out.jsonl", sampling, strict=True, **options)
 
 
 def test_run_continues_its_own_file_only(tmp_path, llm, monkeypatch):
