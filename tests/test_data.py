@@ -119,6 +119,10 @@ def test_load_documents_conversation_no_loss_on_tool_results(tmp_path):
         ({"text": ""}, "non-empty string"),
         ({"messages": "hi"}, "list of objects with a 'role'"),
         ({"messages": CONVERSATION[:1]}, "0 of them the policy's"),
+        ({"text": "caf\ud800"}, "a lone surrogate (character 4 of the text)"),
+        ({"messages": [*CONVERSATION, {"role": "assistant", "content": "\ud800"}]}, "a lone surrogate"),
+        (f'{{"token_ids": [{"1" * 5000}]}}', "not JSON that Python reads (Exceeds the limit"),
+        ("[" * 100_000, "not JSON that Python reads (maximum recursion depth"),
     ],
 )
 def test_load_documents_names_bad_line(tmp_path, record, reason):
@@ -201,6 +205,13 @@ def test_no_limit_is_said_in_several_ways(tmp_path):
     assert len(load_documents([tmp_path / "data.jsonl"], None, VOCAB_SIZE, 2, False, wanted)) == 2
     with pytest.raises(DataError, match="sampled with top_k -1, not 20"):
         load_documents([tmp_path / "data.jsonl"], None, VOCAB_SIZE, 2, False, wanted | {"top_k": 20})
+
+
+@pytest.mark.parametrize(("found", "shown"), [([3], "[3]"), ({}, "{}"), ("\ud800", "\\ud800")])
+def test_a_limit_may_be_recorded_as_anything(tmp_path, found, shown):
+    lines = [{"token_ids": [3, 4, 5, 6], "sampling": {"top_k": top_k}} for top_k in (None, found)]
+    documents = load(write_lines(tmp_path / "data.jsonl", lines), sampling={"top_k": None})
+    assert f"data.jsonl:2: sampled with top_k {shown}, not None" in str(documents.bad_lines)
 
 
 def test_load_documents_refuses_file_that_is_not_parquet(tmp_path):

@@ -165,6 +165,8 @@ def test_read_prompts_cuts_texts_and_leaves_out_bad_lines(tmp_path, tokenizer):
         {"text": "one two three four five six"},
         {"prompt_token_ids": [1, 2, 3, 4]},
         {"prompt_token_ids": [1, 2, 3]},
+        {"prompt": "caf\ud800"},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
     ]
     prompts, bad_lines = read_prompts(
         [write_lines(tmp_path / "p.jsonl", lines)], tokenizer, VOCAB_SIZE, prompt_tokens=3
@@ -172,6 +174,7 @@ def test_read_prompts_cuts_texts_and_leaves_out_bad_lines(tmp_path, tokenizer):
     assert [len(prompt.token_ids) for prompt in prompts] == [3, 3]
     assert "p.jsonl:3: 4 tokens, more than the 3" in str(bad_lines)
     assert f"p.jsonl:1: token id {VOCAB_SIZE} is outside" in str(bad_lines)
+    assert str(bad_lines).count("a lone surrogate") == 2
 
 
 def test_read_prompts_leaves_out_the_last_answer(tmp_path, tokenizer):

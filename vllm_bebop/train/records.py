@@ -27,7 +27,8 @@ class BadLines:
         """Count one more."""
         self.count += 1
         if self.count <= _SHOWN:
-            self._shown.append(f"{place}: {reason}")
+            shown = f"{place}: {reason}".encode(errors="backslashreplace")  # what cannot be printed is quoted too
+            self._shown.append(shown.decode())
 
     def __str__(self) -> str:
         if not self.count:
@@ -106,6 +107,8 @@ def _json_object(line: bytes) -> Mapping[str, Any]:
         raise DataError(f"not JSON ({error.msg}, column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start + 1})") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise DataError(f"not JSON that Python reads ({error})") from None
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, found a {type(record).__name__}")
     return record

@@ -29,6 +29,7 @@ def tokenise_text(text: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[
         raise DataError("this model has no tokenizer: only token ids can be used")
     if not isinstance(text, str) or not text:
         raise DataError("a text must be a non-empty string")
+    _check_unicode(text)
     return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
@@ -98,7 +99,7 @@ def _render(
 ) -> str:
     """The first `length` messages as text."""
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             record["messages"][:length],
             tools=record.get("tools"),
             tokenize=False,
@@ -106,3 +107,13 @@ def _render(
         )
     except Exception as error:  # a template is a program: it may raise anything
         raise DataError(f"the chat template refuses the messages ({error})") from error
+    _check_unicode(text)
+    return text
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character, and which tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a lone surrogate (character {error.start + 1} of the text)") from None
