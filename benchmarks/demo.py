@@ -15,9 +15,10 @@ from typing import Any
 from openai import OpenAI
 
 from vllm_bebop.bench.conditions import MEND_CPU, MEND_CPU_NOTE, command_line, commit, describe, on_cpu
-from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, builtin_texts, tokenise
+from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, builtin_texts
 from vllm_bebop.bench.server import ProgressLine, Server, wait_until_ready
 from vllm_bebop.durable import write_json
+from vllm_bebop.train.tokens import tokenise_text
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tiny_model" / "checkpoint"
@@ -86,7 +87,7 @@ def load_prompts() -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = [text for domain in BUILTIN_DOMAINS for text in builtin_texts(domain, PROMPTS_PER_DOMAIN)]
-    return tokenise(texts, tokenizer, PROMPT_TOKENS)
+    return [tokenise_text(text, tokenizer)[:PROMPT_TOKENS] for text in texts]
 
 
 def measure(server: Server, prompts: list[list[int]]) -> dict[str, Any]:

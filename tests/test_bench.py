@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from tests.support.engines import TINY_MODEL
 from vllm_bebop.bench import acceptance, measure
 from vllm_bebop.bench.acceptance import BenchError, Sweep
 from vllm_bebop.bench.conditions import engine_environment, engine_options, shown_path
 from vllm_bebop.bench.counters import Counters, parse_metrics
 from vllm_bebop.bench.measure import METHODS
 from vllm_bebop.bench.plot import _caption, plot_acceptance
-from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, PromptError, builtin_texts, read_jsonl, tokenise
+from vllm_bebop.bench.prompts import BUILTIN_DOMAINS, PromptError, builtin_texts
 from vllm_bebop.bench.rounds import (
     CounterMismatch,
     Generation,
@@ -30,6 +32,7 @@ from vllm_bebop.bench.rounds import (
 from vllm_bebop.bench.server import Server, ServerError, wait_until_ready
 from vllm_bebop.cli import app
 from vllm_bebop.tensor_files import CheckpointError
+from vllm_bebop.train.records import DataError
 
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -81,43 +84,43 @@ def test_builtin_texts_unknown_domain() -> None:
         builtin_texts("poetry", 1)
 
 
-def test_read_jsonl_accepts_text_prompt_and_ids(tmp_path) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "a"}\n\n{"prompt": "b", "id": 7}\n{"prompt_token_ids": [1, 2]}\n')
-    assert read_jsonl(file) == ["a", "b", [1, 2]]
-    drawn = read_jsonl(file, count=2, seed=5)
-    assert len(drawn) == 2 and drawn == read_jsonl(file, count=2, seed=5)
+def load(file: Path, count: int = 8, seed: int = 5) -> list[list[int]]:
+    return acceptance.load_prompts(str(TINY_MODEL), (), {"d": str(file)}, count, 3, seed)["d"]
 
 
-def test_read_jsonl_names_every_bad_line(tmp_path) -> None:
-    file = tmp_path / "data.jsonl"
-    bad = [
-        "{",
-        "[]",
-        '{"question": "a"}',
-        '{"text": ""}',
-        '{"prompt_token_ids": [1, -1]}',
-        '{"prompt_token_ids": [true]}',
+def test_prompts_are_read_as_for_a_rollout_and_cut(tmp_path) -> None:
+    records = [
+        {"prompt_token_ids": [1, 2, 3, 4], "id": 7},
+        {"prompt": "a\u2028b", "id": 7},  # no end of a line of JSON; two samples of one prompt have its id
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {"text": "c"},
     ]
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines.write_text("\n\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+    keys = ("prompt_token_ids", "prompt", "messages", "text")
+    Dataset.from_dict({key: [record.get(key) for record in records] for key in keys}).to_parquet(table)
+    prompts = load(lines)
+    assert prompts == load(table)
+    assert prompts[0] == [1, 2, 3] and [len(prompt) for prompt in prompts[1:]] == [3, 3, 1]
+
+
+def test_prompts_are_drawn_by_the_seed_and_kept_in_order(tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f'{{"prompt_token_ids": [{number}]}}\n' for number in range(20)))
+    drawn = load(file, count=9)
+    assert len(drawn) == 9 and drawn == sorted(drawn) == load(file, count=9)
+    assert drawn != load(file, count=9, seed=6)
+
+
+def test_bad_prompts_are_named(tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    bad = ["{", "[]", '{"question": "a"}', '{"text": ""}', '{"prompt_token_ids": [2048]}']
     file.write_text("\n".join(['{"text": "good"}', *bad]))
-    with pytest.raises(PromptError) as error:
-        read_jsonl(file)
-    assert [f"data.jsonl:{number}:" in str(error.value) for number in range(1, 8)] == [False] + [True] * 6
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name, message in {"empty.jsonl": "no prompts", "missing.jsonl": "No such file"}.items():
-        with pytest.raises(PromptError, match=message):
-            read_jsonl(tmp_path / name)
-
-
-def test_tokenise_cuts_and_refuses() -> None:
-    def tokenizer(text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(character) for character in text]}
-
-    assert tokenise(["abc", [7, 8, 9]], tokenizer, 2) == [[97, 98], [7, 8]]
-    with pytest.raises(PromptError, match="no tokens"):
-        tokenise([""], tokenizer, 2)
-    with pytest.raises(PromptError, match="no tokenizer"):
-        tokenise(["abc"], None, 2)
+    with pytest.raises(DataError) as error:
+        load(file)
+    assert [f"data.jsonl:{number}:" in str(error.value) for number in range(1, 7)] == [False] + [True] * 5
+    with pytest.raises(DataError, match="missing.jsonl: no such file"):
+        load(tmp_path / "missing.jsonl")
 
 
 # --- counters and rounds ----------------------------------------------------------------------------------------------
@@ -316,8 +319,8 @@ def test_engine_is_given_as_json(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(acceptance, "run", run)
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt_token_ids": [1, 2]}\n')
-    arguments = ["bench", "--model", "m", "--data", f"d={prompts}", "--engine", '{"trust_remote_code": true}']
-    assert CliRunner().invoke(app, arguments).exit_code == 1
+    arguments = ["--model", str(TINY_MODEL), "--data", f"d={prompts}", "--engine", '{"trust_remote_code": true}']
+    assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 1
     assert sweeps[0].engine == {"trust_remote_code": True}
 
 
@@ -331,7 +334,8 @@ def test_engine_is_given_as_json(tmp_path, monkeypatch) -> None:
 )
 def test_model_of_no_supported_family_is_an_error_without_a_traceback(command, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vllm_bebop.generate._tokenizer_and_vocab_size", lambda model: (None, 8))
+    for module in ("generate", "bench.acceptance"):
+        monkeypatch.setattr(f"vllm_bebop.{module}.tokenizer_and_vocab_size", lambda model: (None, 8))
     monkeypatch.setattr("vllm_bebop.generate.Sampling.request", lambda self, seed: None)
     Path("p.jsonl").write_text('{"prompt_token_ids": [1, 2]}\n')
     Path("m").mkdir()

@@ -62,10 +62,10 @@ def bench(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help='NAME=PATH of a JSONL file with "text", "prompt" or "prompt_token_ids"; may be repeated.'),
+        typer.Option(help="NAME=PATH of JSONL or Parquet, as for `bebop rollout`; may be repeated."),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Per domain.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; longer texts are cut.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; longer ones are cut.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Generated per prompt; end-of-text is ignored.")] = 64,
     seed: Annotated[int, typer.Option(help="For the choice of prompts and for the engine.")] = 0,
     expectation: Annotated[

@@ -26,13 +26,11 @@ from vllm_bebop.durable import write_json
 from vllm_bebop.errors import UserError
 from vllm_bebop.tensor_files import fingerprint
 from vllm_bebop.train.records import BadLines, DataError, read_lines
-from vllm_bebop.train.tokens import check_token_ids, tokenise_chat_prompt, tokenise_text
+from vllm_bebop.train.tokens import tokenise_prompt, tokenizer_and_vocab_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM, SamplingParams
-
-_FORMS = ("prompt_token_ids", "messages", "prompt", "text")
 
 
 class RolloutError(UserError):
@@ -125,7 +123,7 @@ def run(
     if sampling.temperature < 1e-5:
         raise RolloutError("temperature is 0: a greedy policy has no distribution to learn; use > 0")
 
-    tokenizer, vocab_size = _tokenizer_and_vocab_size(model)
+    tokenizer, vocab_size = tokenizer_and_vocab_size(model)
     context = context_length(model, engine)
     if sampling.max_tokens >= context:
         raise RolloutError(
@@ -163,11 +161,7 @@ def read_prompts(
     strict: bool = False,
     longest: int | None = None,
 ) -> tuple[list[Prompt], BadLines]:
-    """Prompts from JSONL or Parquet. A line has the first of these keys that is there, and may have a unique "id":
-
-        {"prompt_token_ids": [...]}, {"messages": [...], "tools": [...]}, {"prompt": "..."}, {"text": "..."}
-
-    Of a conversation, the assistant's last turn is left out: it is what will be generated.
+    """Prompts from JSONL or Parquet. A line is in a form of `tokenise_prompt`, and may have a unique "id".
 
     Args:
         tokenizer: may be None where every line has token ids.
@@ -180,16 +174,7 @@ def read_prompts(
     """
 
     def parse(record: Mapping[str, Any]) -> tuple[Any, list[int]]:
-        form = next((key for key in _FORMS if record.get(key) is not None), None)
-        if form is None:
-            raise DataError(f"expected one of {', '.join(map(repr, _FORMS))}")
-        if form == "prompt_token_ids":
-            token_ids = record[form]
-        elif form == "messages":
-            token_ids = tokenise_chat_prompt(record, tokenizer)
-        else:
-            token_ids = tokenise_text(record[form], tokenizer)
-        check_token_ids(token_ids, vocab_size)
+        form, token_ids = tokenise_prompt(record, tokenizer, vocab_size)
         if form == "text":
             token_ids = token_ids[:prompt_tokens]
         if prompt_tokens is not None and len(token_ids) > prompt_tokens:
@@ -360,22 +345,6 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         shown = ", ".join(f"{key} (was {recorded.get(key)!r}, is {settings.get(key)!r})" for key in sorted(changed))
         raise RolloutError(f"{path} was begun with other settings: {shown}; use the same ones, or name another output")
-
-
-def _tokenizer_and_vocab_size(model: str) -> tuple[PreTrainedTokenizerBase | None, int]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    import vllm_bebop.train.target  # noqa: F401 (makes MiMo known)
-
-    try:
-        vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RolloutError(f"{model}: no such model, or no usable config.json in it ({reason})") from error
-    try:
-        return AutoTokenizer.from_pretrained(model), vocab_size
-    except (OSError, ValueError):
-        return None, vocab_size  # prompts must be token ids then
 
 
 def _settings(model: str, draft: str | None, num_speculative_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:

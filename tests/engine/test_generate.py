@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.engines import BEBOP, TINY_MODEL, engine
 from vllm_bebop.bench.conditions import on_cpu
+from vllm_bebop.errors import UserError
 from vllm_bebop.generate import (
     RolloutError,
     RolloutFile,
@@ -215,7 +216,7 @@ def test_read_prompts_refuses_repeated_id(tmp_path):
 )
 def test_run_refuses_before_the_engine_starts(tmp_path, options, sampling, reason):
     data, output = write_lines(tmp_path / "p.jsonl", PROMPTS), tmp_path / "out.jsonl"
-    with pytest.raises(RolloutError, match=reason):
+    with pytest.raises(UserError, match=reason):
         run(**{"model": str(TINY_MODEL)} | options, data=[data], output=output, sampling=Sampling(**sampling))
     assert not (tmp_path / "out.jsonl.settings.json").exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from vllm_bebop.bench.conditions import MEND_CPU_NOTE, command_line, commit, describe
 from vllm_bebop.bench.measure import ENGINE_ARGUMENTS, METHODS, Job, measure
-from vllm_bebop.bench.prompts import PromptError, builtin_texts, read_jsonl, tokenise
+from vllm_bebop.bench.prompts import builtin_texts
 from vllm_bebop.durable import write_json
 from vllm_bebop.errors import UserError
+from vllm_bebop.train.records import BadLines, read_lines
+from vllm_bebop.train.tokens import tokenise_prompt, tokenise_text, tokenizer_and_vocab_size
 
 _LOG_TAIL_LINES = 40
 _NOTES = (
@@ -136,25 +139,29 @@ class Sweep:
 def load_prompts(
     model: str, domains: Sequence[str], data: Mapping[str, str], count: int, max_tokens: int, seed: int
 ) -> dict[str, list[list[int]]]:
-    """Token ids by domain: built-in `domains`, then the JSONL files of `data` (name -> path).
+    """Token ids by domain: built-in `domains`, then the JSONL or Parquet files of `data` (name -> path).
 
     Args:
-        count: prompts per domain; max_tokens: of each.
+        data: lines are in a form of `tokenise_prompt`.
+        count: prompts per domain, of a file drawn at random by `seed` and kept in its order.
+        max_tokens: longer ones are cut.
     Raises:
-        PromptError: a domain is unknown or a file malformed.
+        PromptError: a domain is unknown. DataError: a file is missing, or a line is bad. UserError: no such model.
     """
-    texts: dict[str, Sequence[Any]] = {domain: builtin_texts(domain, count, seed) for domain in domains}
-    texts |= {name: read_jsonl(path, count, seed) for name, path in data.items()}
-    tokenizer = None
-    if any(isinstance(text, str) for each in texts.values() for text in each):
-        from transformers import AutoTokenizer
+    tokenizer, vocab_size = tokenizer_and_vocab_size(model)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PromptError(f"{model}: no such model, or no tokenizer in it ({reason})") from error
-    return {name: tokenise(each, tokenizer, max_tokens) for name, each in texts.items()}
+    def parse(record: Mapping[str, Any]) -> list[int]:
+        return tokenise_prompt(record, tokenizer, vocab_size)[1][:max_tokens]
+
+    prompts = {
+        domain: [tokenise_text(text, tokenizer)[:max_tokens] for text in builtin_texts(domain, count, seed)]
+        for domain in domains
+    }
+    for name, path in data.items():
+        found = [prompt for _, prompt in read_lines([path], parse, BadLines(), strict=True)]
+        drawn = random.Random(f"{seed} {Path(path).name}").sample(range(len(found)), min(count, len(found)))
+        prompts[name] = [found[index] for index in sorted(drawn)]
+    return prompts
 
 
 def run(

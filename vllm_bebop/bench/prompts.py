@@ -1,31 +1,26 @@
-"""Prompts by domain, as token ids: real text that comes with every Python, or JSONL files."""
+"""Prompts by domain: real text that comes with every Python."""
 
 from __future__ import annotations
 
 import ast
-import json
 import random
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vllm_bebop.errors import UserError
 
 BUILTIN_DOMAINS = ("code", "prose")
-Text = str | list[int]  # or token ids
 
-_TEXT_KEYS = ("text", "prompt")
-_IDS_KEY = "prompt_token_ids"
 _MAX_CHARS = 8000  # of a built-in text: far more than a prompt takes
 _MIN_CHARS = 600
 _NO_LIBRARY = {"site-packages", "test", "tests", "idlelib", "turtledemo", "pydoc_data", "encodings", "lib2to3"}
 
 
 class PromptError(UserError):
-    """A file or domain that gives no usable prompts. The message names file and line."""
+    """A domain that gives no usable prompts, which the message names."""
 
 
 def builtin_texts(domain: str, count: int, seed: int = 0) -> list[str]:
@@ -47,75 +42,6 @@ def builtin_texts(domain: str, count: int, seed: int = 0) -> list[str]:
     if len(texts) < count:
         raise PromptError(f"domain {domain!r} has {len(texts)} texts in this Python, {count} are asked for")
     return texts
-
-
-def read_jsonl(path: str | Path, count: int | None = None, seed: int = 0) -> list[Text]:
-    """Prompts from a file with one JSON object per line: {"text": str}, {"prompt": str} or {"prompt_token_ids": [int]}.
-
-    Args:
-        count: at most so many, drawn at random by `seed` and kept in file order; None for all.
-    Raises:
-        PromptError: the file is missing or empty, or a line is malformed; all bad lines are named.
-    """
-    texts: list[Text] = []
-    problems = []
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(_read_line(line))
-        except PromptError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if problems:
-        raise PromptError("\n".join(problems))
-    if not texts:
-        raise PromptError(f"{path}: no prompts")
-    if count is not None and count < len(texts):
-        kept = sorted(random.Random(f"{seed} {Path(path).name}").sample(range(len(texts)), count))
-        texts = [texts[index] for index in kept]
-    return texts
-
-
-def tokenise(texts: Sequence[Text], tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """The first `max_tokens` tokens of each text, with the special tokens that the model's tokenizer puts in front.
-
-    Args:
-        tokenizer: Transformers'; may be None where every text is token ids.
-    Raises:
-        PromptError: a text has no tokens, or there is no tokenizer for it.
-    """
-    prompts = []
-    for text in texts:
-        if isinstance(text, str):
-            if tokenizer is None:
-                raise PromptError('this model has no tokenizer: give prompts as {"prompt_token_ids": [...]}')
-            text = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        if not text:
-            raise PromptError("a prompt has no tokens")
-        prompts.append(list(text[:max_tokens]))
-    return prompts
-
-
-def _read_line(line: str) -> Text:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"not JSON ({error.msg}, column {error.colno})") from None
-    keys = [key for key in (*_TEXT_KEYS, _IDS_KEY) if isinstance(record, dict) and key in record]
-    if len(keys) != 1:
-        raise PromptError(f"expected an object with one of {', '.join(map(repr, (*_TEXT_KEYS, _IDS_KEY)))}")
-    (key,) = keys
-    value = record[key]
-    if key == _IDS_KEY:
-        if not isinstance(value, list) or not value or any(type(item) is not int or item < 0 for item in value):
-            raise PromptError(f"{key!r} must be a non-empty list of token ids")
-    elif not isinstance(value, str) or not value.strip():
-        raise PromptError(f"{key!r} must be a non-empty string")
-    return value
 
 
 def _definitions(rng: random.Random) -> Iterator[str]:

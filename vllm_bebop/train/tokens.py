@@ -1,4 +1,4 @@
-"""Token ids of texts and conversations, and which of a conversation's tokens the policy generated."""
+"""Token ids of texts, prompts and conversations, and which of a conversation's tokens the policy generated."""
 
 from __future__ import annotations
 
@@ -7,10 +7,30 @@ from collections.abc import Mapping
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+from vllm_bebop.errors import UserError
 from vllm_bebop.train.records import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_PROMPT_FORMS = ("prompt_token_ids", "messages", "prompt", "text")
+
+
+def tokenizer_and_vocab_size(model: str) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """Of a directory or Hub id; without a tokenizer, only token ids can be used. Raises UserError without a model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    import vllm_bebop.train.target  # noqa: F401 (makes MiMo known)
+
+    try:
+        vocab_size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model}: no such model, or no usable config.json in it ({reason})") from error
+    try:
+        return AutoTokenizer.from_pretrained(model), vocab_size
+    except (OSError, ValueError):
+        return None, vocab_size
 
 
 def check_token_ids(token_ids: Any, vocab_size: int | None = None) -> None:
@@ -31,6 +51,31 @@ def tokenise_text(text: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[
         raise DataError("a text must be a non-empty string")
     _check_unicode(text)
     return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def tokenise_prompt(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> tuple[str, list[int]]:
+    """Which key a prompt is given by, the first of these that is there, and its token ids, all below `vocab_size`:
+
+        {"prompt_token_ids": [...]}, {"messages": [...], "tools": [...]}, {"prompt": "..."}, {"text": "..."}
+
+    Of a conversation, the assistant's last turn is left out: it is what will be generated.
+
+    Raises:
+        DataError: no such key, or its value cannot be used.
+    """
+    form = next((key for key in _PROMPT_FORMS if record.get(key) is not None), None)
+    if form is None:
+        raise DataError(f"expected one of {', '.join(map(repr, _PROMPT_FORMS))}")
+    if form == "prompt_token_ids":
+        token_ids = record[form]
+    elif form == "messages":
+        token_ids = tokenise_chat_prompt(record, tokenizer)
+    else:
+        token_ids = tokenise_text(record[form], tokenizer)
+    check_token_ids(token_ids, vocab_size)
+    return form, token_ids
 
 
 def tokenise_chat_prompt(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
