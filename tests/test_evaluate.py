@@ -4,14 +4,17 @@ import functools
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from tests.support.target import filtered
 from vllm_bebop.bench.rounds import ratio_with_interval
+from vllm_bebop.tensor_files import CheckpointError
 from vllm_bebop.train import evaluate as evaluation
 from vllm_bebop.train.evaluate import (
     RULES,
@@ -324,6 +327,36 @@ def test_files_of_one_name_are_refused():
     files = ["--data", "math/held_out.jsonl", "--data", "code/held_out.jsonl"]
     result = CliRunner().invoke(app, ["eval", "--model", "m", *files])
     assert result.exit_code == 2 and "give NAME=PATH" in result.output
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
+    from vllm_bebop.cli import _named_files
+
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1e-3").mkdir()
+    Path("lr=1e-3/seed=1.jsonl").touch()
+    entries = ["lr=1e-3/seed=1.jsonl", "mine=lr=1e-3/seed=1.jsonl", "not_here.jsonl"]
+    names = ["seed=1", "mine", "not_here"]
+    assert _named_files(entries) == dict(zip(names, [entries[0], entries[0], entries[2]], strict=True))
+    with pytest.raises(typer.BadParameter, match="'=x' is not of the form NAME=PATH"):
+        _named_files(["=x"])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        ({"temperature": 0.7, "topk": 20}, "'topk' is 20, expected a number for each of temperature, top_k"),
+        ({"temperature": "hot"}, "'temperature' is 'hot', expected a number"),
+        ({"top_p": 2}, "top_p is 2, expected a number in"),
+        ([0.7], r"expected an object with temperature, top_k, top_p, min_p, found \[0.7\]"),
+    ],
+)
+def test_evaluate_files_names_a_policy_that_is_none(wide, tmp_path, sampling, reason):
+    model, head = wide
+    model.save_pretrained(tmp_path / "target")
+    export_draft(head, tmp_path / "target", tmp_path / "draft", {"sampling": sampling})
+    with pytest.raises(CheckpointError, match=f"draft: bebop.json: sampling: {reason}.*; mend it, or"):
+        evaluate_files(str(tmp_path / "target"), str(tmp_path / "draft"), {})
 
 
 def test_evaluate_files_takes_the_drafts_policy_and_reports(wide, tmp_path, capsys):

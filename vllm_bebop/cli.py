@@ -62,7 +62,7 @@ def bench(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PATH of JSONL or Parquet, as for `bebop rollout`; may be repeated."),
+        typer.Option(help="[NAME=]PATH of JSONL or Parquet, as for `bebop rollout`; may be repeated."),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Per domain.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; longer ones are cut.")] = 64,
@@ -240,7 +240,7 @@ def evaluate(
 
     if temperature is None and (top_k, top_p, min_p) != (None, None, None):
         raise typer.BadParameter("give the whole policy, with --temperature", param_hint="--top-k, --top-p, --min-p")
-    files = _named_files([entry if "=" in entry else f"{Path(entry).stem}={entry}" for entry in data])
+    files = _named_files(data)
     with _errors("eval", UserError, OSError):
         policy = None if temperature is None else SamplingPolicy(temperature, top_k, top_p, min_p)
         results = evaluate_files(model, draft, files, steps, policy, max_documents)
@@ -329,8 +329,11 @@ def _named_files(entries: Sequence[str]) -> dict[str, str]:
 
 
 def _name_and_path(entry: str) -> tuple[str, str]:
-    name, separator, path = entry.partition("=")
-    if not (name and separator and path):
+    """Without a name, a file's own; a path may hold "=" too."""
+    if "=" not in entry or Path(entry).exists():
+        return Path(entry).stem, entry
+    name, _, path = entry.partition("=")
+    if not (name and path):
         raise typer.BadParameter(f"{entry!r} is not of the form NAME=PATH", param_hint="--data")
     return name, path
 

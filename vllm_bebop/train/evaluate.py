@@ -17,7 +17,7 @@ policy, two corrections turn these rates into what a serving engine counts:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from vllm_bebop.draft import inspect_checkpoint_head, read_draft, resolve_draft
+from vllm_bebop.draft import METADATA_FILE, inspect_checkpoint_head, read_draft, resolve_draft
 from vllm_bebop.errors import UserError
 from vllm_bebop.families import text_config
-from vllm_bebop.tensor_files import CONFIG_FILE, read_json
+from vllm_bebop.tensor_files import CONFIG_FILE, CheckpointError, read_json
 from vllm_bebop.train.data import Documents, load_documents
 from vllm_bebop.train.heads import MTPHead, load_head
 from vllm_bebop.train.losses import SamplingPolicy
@@ -244,7 +244,7 @@ def evaluate_files(
         policy: None is what the draft was trained for, or else plain sampling at temperature 1.
         max_documents: per file, from its beginning.
     Raises:
-        CheckpointError: the draft or the target's head is unusable. DataError: a file is.
+        CheckpointError: the draft, or the policy it names, or the target's head is unusable. DataError: a file is.
         EvaluationError: see `evaluate`.
     """
     directory = find_checkpoint(model_name)
@@ -260,7 +260,7 @@ def evaluate_files(
         for warning in found.warnings:
             print(f"{draft}: {warning}")
     if policy is None:
-        policy = SamplingPolicy(**(metadata.get("sampling") or {}))
+        policy = _trained_policy(metadata, head_directory)
     tokenizer = AutoTokenizer.from_pretrained(directory) if any(directory.glob("tokenizer*")) else None
     documents = {}
     for domain, path in data.items():
@@ -282,6 +282,23 @@ def _prompt(text: Text) -> bytes:
     """
     length = 0 if text.loss_mask is None else int(torch.as_tensor(text.loss_mask).int().argmax())
     return torch.as_tensor(text.token_ids[:length], dtype=torch.int32).numpy().tobytes() if length > 1 else b""
+
+
+def _trained_policy(metadata: Mapping[str, Any], directory: Path) -> SamplingPolicy:
+    """What a draft's bebop.json says that it was trained for, or else plain sampling at temperature 1."""
+    sampling = metadata.get("sampling") or {}
+    known = [field.name for field in fields(SamplingPolicy)]
+    try:
+        if not isinstance(sampling, Mapping):
+            raise UserError(f"expected an object with {', '.join(known)}, found {sampling!r}")
+        given = {key: value for key, value in sampling.items() if value is not None}
+        for key, value in given.items():
+            if key not in known or not isinstance(value, int | float):
+                raise UserError(f"{key!r} is {value!r}, expected a number for each of {', '.join(known)}")
+        return SamplingPolicy(**given)
+    except UserError as error:
+        problem = f"{METADATA_FILE}: sampling: {error}; mend it, or give the policy with --temperature"
+        raise CheckpointError(problem, path=directory) from None
 
 
 def _columns(chains: Chains) -> Columns:
