@@ -42,7 +42,7 @@ ALLOWED = {
         *(*FILES, "vllm_bebop.draft", "vllm_bebop.kernels", "vllm_bebop.train", "vllm_bebop.bench"),
     ),
     "vllm_bebop/generate.py": (
-        *("tqdm", "transformers", "vllm"),
+        *("pydantic", "tqdm", "transformers", "vllm"),
         *(*FILES, "vllm_bebop.train", "vllm_bebop.bench.conditions"),
     ),
     "vllm_bebop/cli.py": ("typer", "vllm_bebop"),
