@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from vllm_bebop import cli
 from vllm_bebop.cli import app
 from vllm_bebop.config import BebopConfigError
 from vllm_bebop.tensor_files import CheckpointError
@@ -41,3 +42,14 @@ def test_a_fault_of_the_program_keeps_its_traceback(end):
     fault = ValueError("only one element tensors can be converted to Python scalars")
     _, result = end(fault)
     assert result.exception is fault
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [("train", "tensorboard"), ("eval", "matplotlib"), ("bench", "matplotlib")]
+)
+def test_a_missing_extra_is_named_before_any_work(monkeypatch, command, missing):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(COMMANDS[command][0], lambda *_, **__: pytest.fail("it began"))
+    result = CliRunner().invoke(app, [command, "--model", "m", *COMMANDS[command][1].split()])
+    extra = "bench" if command == "bench" else "train"
+    assert (result.exit_code, result.stderr) == (1, f"{missing} missing: pip install 'vllm-bebop[{extra}]'\n")

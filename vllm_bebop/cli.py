@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,9 @@ import typer
 from vllm_bebop.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Lossless MTP speculative decoding for vLLM.")
+
+# What vllm does not bring along, by extra.
+_EXTRAS = {"train": ("datasets", "matplotlib", "tensorboard"), "bench": ("matplotlib",)}
 
 
 @app.command()
@@ -81,6 +85,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure acceptance on the real engine by method, draft length, domain, temperature. Resumes where it stopped."""
+    _need("bench")
     from vllm_bebop.bench import acceptance
     from vllm_bebop.bench.conditions import device_slug
     from vllm_bebop.bench.plot import plot_acceptance
@@ -192,6 +197,7 @@ def train(
     strict: Annotated[bool, typer.Option("--strict", help="A bad line of data is an error.")] = False,
 ) -> None:
     """Train an MTP head for a frozen target. For 8 GPUs: torchrun --nproc-per-node 8 -m vllm_bebop.cli train ..."""
+    _need("train")
     from vllm_bebop.train.loop import Settings
     from vllm_bebop.train.losses import SamplingPolicy
     from vllm_bebop.train.run import train_draft
@@ -234,6 +240,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="JSON; the plot goes beside it.")] = Path("evaluation.json"),
 ) -> None:
     """Predict acceptance on given text, by step, entropy, output position and domain, without an engine."""
+    _need("train")
     from vllm_bebop.train.evaluate import evaluate_files
     from vllm_bebop.train.evaluation_report import table, write_report
     from vllm_bebop.train.losses import SamplingPolicy
@@ -273,6 +280,13 @@ def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise typer.BadParameter(f'{option}: {text!r} is no JSON object, as {{"gpu_memory_utilization": 0.8}} is')
     return value
+
+
+def _need(extra: str) -> None:
+    """Ends a command before any work where a package of this extra is missing."""
+    if missing := [name for name in _EXTRAS[extra] if find_spec(name) is None]:
+        typer.echo(f"{', '.join(missing)} missing: pip install 'vllm-bebop[{extra}]'", err=True)
+        raise typer.Exit(code=1)
 
 
 def _report(rows: Sequence[tuple[str, bool | None, str]]) -> None:

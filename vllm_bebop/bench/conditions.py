@@ -21,7 +21,7 @@ MEND_CPU_NOTE = (
 # Several servers share few cores and little memory: 1 GiB of cache each, no core of one's own.
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # `on_cpu` asks the CUDA driver, after which a forked child could not use it.
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 _PACKAGES = ("vllm", "torch", "transformers")
 
 
