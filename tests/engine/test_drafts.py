@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.engines import BEBOP, TINY_MODEL, accepted_per_position, engine, runner, token_ids
 from vllm_bebop.draft import DraftError, draft_config, fingerprint, head_tensor_names, write_draft
+from vllm_bebop.engine.versions import vllm_release
 from vllm_bebop.merge import merge
 
 PROMPTS = ["import os", "The return value", "x = [1, 2", "def read", "for name in", "class A"]
@@ -193,6 +194,8 @@ def test_only_a_push_meant_for_it_replaces_a_drafts_head(checkpoint, tmp_path, m
 def test_compressed_tensors_target_that_spares_its_head_starts(native, tmp_path, scales_stored):
     """Such a quantization_config gives every attention scales and zero points, the head's too."""
     pytest.importorskip("compressed_tensors")
+    if scales_stored and vllm_release() < (0, 25):
+        pytest.skip("this vLLM's heads take no scales of the KV cache")
     target = tmp_path / "target"
     shutil.copytree(TINY_MODEL, target)
     config = json.loads((target / "config.json").read_text())

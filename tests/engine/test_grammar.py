@@ -7,7 +7,13 @@ asynchronously, the drafts of a request that sat out a step, which it never saw.
 import pytest
 
 from tests.support import grammar, laws
-from tests.support.engines import BEBOP, TINY_MODEL, engine, leave_asynchronous_scheduling_on
+from tests.support.engines import (
+    BEBOP,
+    TINY_MODEL,
+    can_schedule_asynchronously,
+    engine,
+    leave_asynchronous_scheduling_on,
+)
 from tests.support.statistics import assert_laws
 from vllm_bebop.bench.conditions import on_cpu
 
@@ -24,6 +30,8 @@ CASES = {
 
 @pytest.fixture
 def asynchronous(monkeypatch):
+    if not can_schedule_asynchronously():
+        pytest.skip("this vLLM cannot schedule asynchronously on a CPU")
     if on_cpu():
         from vllm.platforms.cpu import CpuPlatform
 

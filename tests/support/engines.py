@@ -17,7 +17,6 @@ import torch
 
 from tests.support.without_a_gpu import ENVIRONMENTS
 from vllm_bebop.bench.conditions import on_cpu
-from vllm_bebop.engine.versions import has_usable_v2, vllm_release
 
 # Read when vLLM is imported; on a GPU those that concern the CPU are ignored.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -50,8 +49,7 @@ def environment_for_every_family() -> dict[str, str]:
 def replace_what_cannot_run_without_a_gpu() -> None:
     """Pinned memory; and, in the interpreter, vLLM's top-k/top-p kernel, which it has in PyTorch too.
 
-    An emulated engine also schedules asynchronously, as on a GPU; an interpreted one waits for each step, as on a CPU,
-    where vLLM cannot do otherwise until 0.24.
+    An emulated engine also schedules asynchronously, as on a GPU; an interpreted one waits for each step, as on a CPU.
     """
     if not on_cpu():
         return
@@ -61,7 +59,7 @@ def replace_what_cannot_run_without_a_gpu() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
         topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_hints: in_torch(logits, k, p)
-    elif vllm_release() >= (0, 25):
+    elif can_schedule_asynchronously():
         leave_asynchronous_scheduling_on()
 
     # Asked for by vLLM until 0.28. In that module alone: PyTorch knows `torch.tensor` by identity elsewhere.
@@ -69,6 +67,13 @@ def replace_what_cannot_run_without_a_gpu() -> None:
         return torch.tensor(*args, **kwargs)
 
     structured_outputs.torch = SimpleNamespace(**vars(torch) | {"tensor": unpinned})
+
+
+def can_schedule_asynchronously() -> bool:
+    """Until 0.24 vLLM's CPU runner has no streams to wait for."""
+    from vllm_bebop.engine.versions import vllm_release
+
+    return not on_cpu() or vllm_release() >= (0, 25)
 
 
 def leave_asynchronous_scheduling_on() -> None:
@@ -96,6 +101,10 @@ def unsupported_families() -> dict[str, str]:
     if "qwen3_5_text" not in (vllm / "config/speculative.py").read_text():
         reason = "before 0.29, vLLM speculates only with those Qwen3.5 that also see images"
         reasons |= {"qwen3_5": reason, "qwen3_5_moe": reason}
+    from vllm_bebop.engine.versions import vllm_release
+
+    if on_cpu() and vllm_release() < (0, 25):
+        reasons["glm4_moe"] = "this vLLM's experts on a CPU are larger than the tiny head's"
     return reasons
 
 
@@ -140,6 +149,8 @@ def runner(llm: Any) -> Any:
 
 def probe(module: str, use_v2: bool, how: str) -> dict[str, Any]:
     """What `python -m module` prints behind RESULT: fused kernels in an engine. how: one of `HOWS`."""
+    from vllm_bebop.engine.versions import has_usable_v2
+
     if use_v2 and not has_usable_v2():
         pytest.skip("bebop takes model runner V2 from vLLM 0.27 on; before, it is no MTP model's default")
     environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}

@@ -56,7 +56,11 @@ class Module:
         size = spec.block_size, spec.page_size_bytes // spec.block_size // spec.num_kv_heads // 4
         heads = () if spec.num_kv_heads == 1 and "MLA" in type(spec).__name__ else (spec.num_kv_heads,)
         # What lies in unused slots must not matter, but must be finite: vLLM's kernel multiplies it by zero.
-        layer.bind_kv_cache(torch.full((self.num_blocks, *heads, *size), 1e3))
+        cache = torch.full((self.num_blocks, *heads, *size), 1e3)
+        if hasattr(layer, "bind_kv_cache"):
+            layer.bind_kv_cache(cache)
+        else:  # until 0.24
+            layer.kv_cache = cache
         self.builder = layer.get_attn_backend().get_builder_cls()(spec, [self.layer], self.config, torch.device("cpu"))
 
     def __call__(self, token_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
