@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support import parity_inputs
-from tests.support.engines import ROOT, SHARED_GPU, environment_for_every_family, unsupported_families
+from tests.support.engines import (
+    ROOT,
+    SHARED_GPU,
+    SMALL_EXPERTS,
+    environment_for_every_family,
+    unsupported_families,
+)
 from tests.support.parity_inputs import small_head
 from vllm_bebop.bench.conditions import on_cpu
 from vllm_bebop.train.heads import MTPHead, head_tensors, load_head
@@ -24,6 +30,8 @@ TOLERANCE = 1e-4  # of logits with a standard deviation of 1.6
 PROMPT = "Problem: Multiply 47 by 36.\nSplit 36 into 30 + 6.\nFirst, 47 * 30 ="
 NUM_STEPS = 3
 UNSUPPORTED = unsupported_families()
+if SMALL_EXPERTS in UNSUPPORTED.values():
+    UNSUPPORTED["qwen3_next"] = SMALL_EXPERTS
 if not on_cpu():
     UNSUPPORTED = dict.fromkeys(parity_inputs.CONFIGS, "tests.support.vllm_steps feeds vLLM's CPU kernels")
 FAMILIES = [
