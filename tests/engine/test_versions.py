@@ -17,7 +17,7 @@ def test_installed_vllm_has_every_seam():
 def test_untested_version_is_refused(monkeypatch, version):
     monkeypatch.delenv("VLLM_BEBOP_CANDIDATE", raising=False)
     monkeypatch.setattr(versions, "installed_vllm", lambda: version)
-    with pytest.raises(BebopConfigError, match=f"vLLM {version} has not been tested with bebop; supported: 0.23"):
+    with pytest.raises(BebopConfigError, match=f"vLLM {version} has not been tested with bebop; supported: 0.24"):
         versions.require_supported_vllm()
     monkeypatch.setenv("VLLM_BEBOP_CANDIDATE", version.rsplit(".", 1)[0])
     monkeypatch.setattr(versions, "missing_seams", lambda: [])

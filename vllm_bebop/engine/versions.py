@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
-TESTED_VERSIONS = ("0.23", "0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.31", "0.32", "0.33")
+TESTED_VERSIONS = ("0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.31", "0.32", "0.33")
 # Admits one version more, so that the engine tests can run on it before it is listed. Not for production.
 _CANDIDATE = "VLLM_BEBOP_CANDIDATE"
 
