@@ -105,7 +105,7 @@ def unsupported_families() -> dict[str, str]:
     if "qwen3_5_text" not in (vllm / "config/speculative.py").read_text():
         reason = "before 0.29, vLLM speculates only with those Qwen3.5 that also see images"
         reasons |= {"qwen3_5": reason, "qwen3_5_moe": reason}
-    if on_cpu() and version("vllm").startswith("0.24"):
+    if on_cpu() and version("vllm").startswith(("0.24", "0.25", "0.26")):
         reasons["glm4_moe"] = SMALL_EXPERTS
     return reasons
 
