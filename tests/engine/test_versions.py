@@ -1,11 +1,12 @@
 """The gate: an untested vLLM is refused, and so is a tested one that differs, by the names of what differs."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_bebop.config import BebopConfigError
-from vllm_bebop.engine import versions
+from vllm_bebop.engine import versions, worker
 from vllm_bebop.engine.versions import Seam
 
 
@@ -24,14 +25,17 @@ def test_untested_version_is_refused(monkeypatch, version):
     versions.require_supported_vllm()
 
 
-@pytest.mark.parametrize(("version", "is_refused"), [("0.26.0", True), ("0.27.0", False)])
+@pytest.mark.parametrize(("version", "is_refused"), [("0.26.0", True), ("0.27.0", False), ("0.28.0", True)])
 def test_model_runner_v2_is_refused_where_it_cannot_be_had(monkeypatch, version, is_refused):
     monkeypatch.setattr(versions, "installed_vllm", lambda: version)
     monkeypatch.setattr(versions, "missing_seams", lambda: [])
     versions.require_supported_vllm()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(BebopConfigError, match="unset VLLM_USE_V2_MODEL_RUNNER") if is_refused else nullcontext():
+    with pytest.raises(BebopConfigError, match="set VLLM_USE_V2_MODEL_RUNNER=0") if is_refused else nullcontext():
         versions.require_supported_vllm()
+    # Where it is the model's default, the worker finds out.
+    with pytest.raises(BebopConfigError, match="set VLLM_USE_V2_MODEL_RUNNER=0") if is_refused else nullcontext():
+        worker._runner_module(SimpleNamespace(use_v2_model_runner=True))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def probe(module: str, use_v2: bool, how: str) -> dict[str, Any]:
     from vllm_bebop.engine.versions import has_usable_v2
 
     if use_v2 and not has_usable_v2():
-        pytest.skip("bebop takes model runner V2 from vLLM 0.27 on; before, it is no MTP model's default")
+        pytest.skip("bebop does not take this vLLM's model runner V2")
     environ = {"VLLM_USE_V2_MODEL_RUNNER": str(int(use_v2))}
     if how != "compiled":
         environ |= ENVIRONMENTS[how] | {"PYTHONPATH": f"{ROOT / 'tests/cpu_support'}{os.pathsep}{ROOT}"}

@@ -148,9 +148,21 @@ def slots_are_int32() -> bool:
 
 
 def has_usable_v2() -> bool:
-    """Whether bebop runs on model runner V2 here. Until 0.26 verification is not a method of its own there; no model
-    with an MTP head has V2 by default in these versions."""
-    return vllm_release() >= (0, 27)
+    """Whether bebop runs on model runner V2 here.
+
+    Until 0.26 verification is no method of its own there; on 0.28 it does not start with the tiny model, untested. Of
+    models with an MTP head only MiMo has V2 by default in these versions.
+    """
+    return vllm_release() not in ((0, 24), (0, 25), (0, 26), (0, 28))
+
+
+def refuse_unusable_v2(uses_v2: bool | None) -> None:
+    """Raise BebopConfigError where the engine is to run on a model runner V2 that is not usable."""
+    if uses_v2 and not has_usable_v2():
+        raise BebopConfigError(
+            f"bebop needs model runner V1 on vLLM {installed_vllm()}: set VLLM_USE_V2_MODEL_RUNNER=0, or use vLLM 0.29 "
+            "or later"
+        )
 
 
 def dummy_batches_spare_drafts(speculator: Any) -> bool:
@@ -211,10 +223,7 @@ def require_supported_vllm() -> None:
     problems = missing_seams()
     if problems:
         raise BebopConfigError(f"this vLLM {version} differs from the one bebop was tested on: " + "; ".join(problems))
-    if envs.VLLM_USE_V2_MODEL_RUNNER and not has_usable_v2():
-        raise BebopConfigError(
-            f"bebop needs model runner V1 on vLLM {version}: unset VLLM_USE_V2_MODEL_RUNNER, or use vLLM 0.27 or later"
-        )
+    refuse_unusable_v2(envs.VLLM_USE_V2_MODEL_RUNNER)  # whatever is the model's default, the worker will know
 
 
 def check_versions() -> list[tuple[str, bool, str]]:

@@ -25,6 +25,7 @@ from vllm_bebop.engine import (
     pushed_head,
     sleeping_head,
 )
+from vllm_bebop.engine.versions import refuse_unusable_v2
 from vllm_bebop.kernels.tally import read_totals
 
 
@@ -91,6 +92,7 @@ def _worker_over(base: type) -> type:
 
 def _runner_module(worker: Any) -> Any:
     """Our module for the model runner in use."""
+    refuse_unusable_v2(worker.use_v2_model_runner)
     if worker.use_v2_model_runner:
         from vllm_bebop.engine import runner_v2
 
