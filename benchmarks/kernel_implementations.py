@@ -15,6 +15,8 @@ from torch import Tensor
 from kernel_cases import BYTES_PER_LOGIT, Case
 
 OURS, OURS_IN_VLLM, VLLM_V2, TORCH_COMPILE = "bebop's kernels", "bebop in vLLM", "vLLM V2", "torch.compile"
+OURS_RESOLVED_APART = f"{OURS}, resolved apart"
+ALL_OURS = (OURS, OURS_RESOLVED_APART, OURS_IN_VLLM)
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], Implementation]] = {
     OURS_IN_VLLM: bebop_in_vllm,
     VLLM_V2: vllm_v2,
     "vLLM V2, temperature 1": vllm_v2_temperature_1,
-    f"{OURS}, resolved apart": bebop_resolved_apart,
+    OURS_RESOLVED_APART: bebop_resolved_apart,
     "vLLM V1": vllm_v1,
     "FlashInfer": flashinfer,
     "plain torch": plain_torch,

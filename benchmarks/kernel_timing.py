@@ -42,7 +42,7 @@ class GpuTimer:
         return {"copy_gb_s": self.copy_gb_s, "empty_graph_us": self.measure_nothing(), **clocks}
 
     def measure_copy(self) -> float:
-        """By the faster of the device's own copy and a kernel's, which is so on an H100."""
+        """By the device's own copy or a kernel's, whichever is faster."""
         source, destination = copied_buffers()
         words = source.view(torch.int32), destination.view(torch.int32)
         copies = (lambda: destination.copy_(source), lambda: torch.bitwise_not(words[0], out=words[1]))

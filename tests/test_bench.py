@@ -262,6 +262,14 @@ def test_run_leaves_results_of_other_conditions_alone(tmp_path, change) -> None:
     assert not again.jobs and output.read_text() == before
 
 
+def test_a_file_without_a_measurement_binds_to_no_conditions(tmp_path) -> None:
+    output = tmp_path / "out.json"
+    with pytest.raises(BenchError):
+        acceptance.run(sweep(engine={"typo": 1}), output, Runner(fail_on="stock_greedy"))
+    results = acceptance.run(sweep(), output, Runner())
+    assert results["conditions"] == sweep().conditions() and len(results["engines"]) == 2
+
+
 @pytest.mark.parametrize("content", ["notes\n", "[]", "{}"])
 def test_run_leaves_files_of_others_alone(tmp_path, content: str) -> None:
     output = tmp_path / "notes.txt"
@@ -348,6 +356,13 @@ def test_model_of_no_supported_family_is_an_error_without_a_traceback(command, t
     assert (
         "m: config.json: model_type 'llama'" in result.output and "supported model types: qwen3_next" in result.output
     )
+
+
+def test_a_server_runs_what_it_is_told_not_what_the_environment_wishes(monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_BEBOP", "1")
+    monkeypatch.setenv("VLLM_BEBOP_ACCEPTANCE", "block")
+    assert not {"VLLM_BEBOP", "VLLM_BEBOP_ACCEPTANCE"} & Server("m")._environment.keys()
+    assert "VLLM_BEBOP" in Server("m", environment={"VLLM_BEBOP": "1"})._environment
 
 
 def test_draft_sampling_is_filtered_by_bebop_only() -> None:

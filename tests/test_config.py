@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_bebop.config import BebopConfig, BebopConfigError, translate, unheeded
+from vllm_bebop.config import BebopConfig, BebopConfigError, forget_wishes, translate, unheeded
 
 ASKED = {"method": "bebop", "num_speculative_tokens": 3}
 SWITCHED_ON = {"VLLM_BEBOP": "1"}
@@ -65,6 +65,13 @@ OPTIONS_SET = {
 def test_translate_accepts_the_same_options_from_the_environment(method, switch):
     by_config = translate(ASKED | {"model": "d", "acceptance": "target_only"}, {})
     assert translate({"method": method}, switch | OPTIONS_SET) == by_config
+
+
+def test_wishes_are_forgotten_where_a_command_says_what_it_runs():
+    kept = {"VLLM_BEBOP_MEND_CPU": "1", "HOME": "/"}
+    environ = SWITCHED_ON | OPTIONS_SET | kept
+    forget_wishes(environ)
+    assert environ == kept
 
 
 def test_variables_that_change_nothing_are_told():

@@ -38,12 +38,12 @@ ALLOWED = {
     "vllm_bebop/plugin.py": ("vllm_bebop.engine",),
     "vllm_bebop/doctor.py": ("triton", *DRAFT, "vllm_bebop.config", "vllm_bebop.draft", "vllm_bebop.engine.versions"),
     "vllm_bebop/bench": (
-        *("prometheus_client", "tqdm", "transformers", "vllm", *PLOTS),
+        *("prometheus_client", "tqdm", "transformers", "vllm", "vllm_bebop.config", *PLOTS),
         *(*FILES, "vllm_bebop.draft", "vllm_bebop.kernels", "vllm_bebop.train", "vllm_bebop.bench"),
     ),
     "vllm_bebop/generate.py": (
         *("pydantic", "tqdm", "transformers", "vllm"),
-        *(*FILES, "vllm_bebop.train", "vllm_bebop.bench.conditions"),
+        *(*FILES, "vllm_bebop.config", "vllm_bebop.train", "vllm_bebop.bench.conditions"),
     ),
     "vllm_bebop/cli.py": ("typer", "vllm_bebop"),
 }

@@ -16,8 +16,12 @@ from vllm_bebop.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Lossless MTP speculative decoding for vLLM.")
 
-# What vllm does not bring along, by extra.
-_EXTRAS = {"train": ("datasets", "matplotlib", "tensorboard"), "bench": ("matplotlib",)}
+# What vllm does not bring along, by command; and the extra that has it.
+_NEEDED = {
+    "bench": (("matplotlib",), "bench"),
+    "train": (("datasets", "matplotlib", "tensorboard"), "train"),
+    "eval": (("matplotlib",), "train"),
+}
 
 
 @app.command()
@@ -240,7 +244,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="JSON; the plot goes beside it.")] = Path("evaluation.json"),
 ) -> None:
     """Predict acceptance on given text, by step, entropy, output position and domain, without an engine."""
-    _need("train")
+    _need("eval")
     from vllm_bebop.train.evaluate import evaluate_files
     from vllm_bebop.train.evaluation_report import table, write_report
     from vllm_bebop.train.losses import SamplingPolicy
@@ -282,9 +286,10 @@ def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _need(extra: str) -> None:
-    """Ends a command before any work where a package of this extra is missing."""
-    if missing := [name for name in _EXTRAS[extra] if find_spec(name) is None]:
+def _need(command: str) -> None:
+    """Ends a command before any work where a package that it needs is missing."""
+    needed, extra = _NEEDED[command]
+    if missing := [name for name in needed if find_spec(name) is None]:
         typer.echo(f"{', '.join(missing)} missing: pip install 'vllm-bebop[{extra}]'", err=True)
         raise typer.Exit(code=1)
 

@@ -14,7 +14,7 @@ worker inside `VllmConfig.additional_config["bebop"]`. Pure functions, no vLLM i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,6 +155,12 @@ def unheeded(method: Any, environ: Mapping[str, str]) -> str | None:
     if options := sorted(_set_options(environ)):
         return f"{', '.join(options)}: no effect without {_ENV_SWITCH}=1; method {method!r} stays vLLM's own"
     return None
+
+
+def forget_wishes(environ: MutableMapping[str, str]) -> None:
+    """Take out what asks for bebop or an option of it, for a command that says itself what it runs."""
+    for name in (_ENV_SWITCH, *_set_options(environ)):
+        environ.pop(name, None)
 
 
 def _set_options(environ: Mapping[str, str]) -> dict[str, str]:

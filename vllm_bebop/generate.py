@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from vllm_bebop.bench.conditions import describe, engine_environment, engine_options, on_cpu, shown_path
+from vllm_bebop.config import forget_wishes
 from vllm_bebop.durable import write_json
 from vllm_bebop.errors import UserError
 from vllm_bebop.tensor_files import fingerprint
@@ -117,6 +118,7 @@ def run(
         raise RolloutError("with the executor external_launcher every rank would write: use mp or ray")
     if min(batch_size, sampling.samples_per_prompt) < 1:
         raise RolloutError("batch_size and samples_per_prompt must be at least 1")
+    forget_wishes(os.environ)
     for name, value in engine_environment(model, draft).items():
         os.environ.setdefault(name, value)
     sampling.request(seed=0)  # refused before a large engine has started

@@ -157,6 +157,8 @@ class _Transfer:
 
     def update_weights(self, pushed):
         self.model.load_weights(iter(pushed["weights"]))
+        if pushed.get("fails"):
+            raise ConnectionError("the trainer is gone")
 
 
 @pytest.mark.parametrize("has_draft", [True, False])
@@ -188,6 +190,11 @@ def test_only_a_push_meant_for_it_replaces_a_drafts_head(checkpoint, tmp_path, m
         assert (norm == loaded + 3).all()
         drafter.load_weights(iter([(name, stored)]))
         assert (norm == loaded + (3 if has_draft else 0)).all()
+        llm.collective_rpc("start_draft_weight_update")
+        with pytest.raises(ConnectionError):
+            llm.collective_rpc("update_weights", args=({"weights": [(name, stored + 4)], "fails": True},))
+        drafter.load_weights(iter([(name, stored)]))
+        assert (norm == loaded + (4 if has_draft else 0)).all()
 
 
 @pytest.mark.parametrize("scales_stored", [False, True])

@@ -207,13 +207,16 @@ def run(
 
 def _resume(output: Path, conditions: dict[str, Any]) -> dict[str, Any]:
     """The results so far, none without a file. Raises BenchError where they are not of the same conditions."""
+    fresh = {"conditions": conditions, "notes": list(_NOTES), "engines": []}
     if not output.exists():
-        return {"conditions": conditions, "notes": list(_NOTES), "engines": []}
+        return fresh
     try:
         found = json.loads(output.read_text())
-        before = found["conditions"]
+        before, engines = found["conditions"], found["engines"]
     except (OSError, ValueError, TypeError, KeyError):
         raise BenchError(f"{output} is no result of `bebop bench`: name another --output") from None
+    if not engines:  # the first one failed
+        return fresh
     if changed := [key for key in conditions.keys() | before.keys() if conditions.get(key) != before.get(key)]:
         raise BenchError(
             f"{output} was measured under other conditions ({', '.join(sorted(changed))}): name another --output, or "

@@ -20,6 +20,7 @@ from vllm_bebop.bench.rounds import (
     check_against_counters,
     ratio_with_interval,
 )
+from vllm_bebop.config import forget_wishes
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,7 @@ def measure(job: Job, results: Connection, log_path: str) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    forget_wishes(os.environ)
     os.environ.update(engine_environment(job.model, job.draft))
     if METHODS[job.method].is_stock and on_cpu():
         os.environ.update(MEND_CPU)

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_bebop.bench.conditions import engine_environment, engine_options
 from vllm_bebop.bench.counters import Counters, parse_metrics
+from vllm_bebop.config import forget_wishes
 
 _GRACE_S = 15  # between the request to end and the order
 _LOG_TAIL_LINES = 40
@@ -63,7 +64,9 @@ class Server:
             self._command += ["--speculative-config", json.dumps(dict(speculative_config))]
         self._command += arguments
         draft = None if speculative_config is None else speculative_config.get("model")
-        self._environment = {**os.environ, **engine_environment(self.model, draft), **(environment or {})}
+        inherited = dict(os.environ)
+        forget_wishes(inherited)
+        self._environment = {**inherited, **engine_environment(self.model, draft), **(environment or {})}
 
     @property
     def base_url(self) -> str:

@@ -5,7 +5,7 @@ head. A head trained apart would give way, without a word, to whatever `mtp.*` t
 refuses a push that has none. So the head of a draft takes weights only in a push that is meant for it, from vLLM's
 `start_draft_weight_update` to `finish_weight_update`.
 
-Upstream symbol: `load_weights` of the module that drafts.
+Upstream symbols: `Worker._weight_update_active`, and `load_weights` of the module that drafts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def guard(worker: Any) -> None:
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         nonlocal has_warned
-        if worker.head_is_pushed:
+        if worker.head_is_pushed and worker._weight_update_active:  # a push that failed is over
             return load(weights)
         for _ in weights:  # some are received as they are read
             pass

@@ -60,6 +60,8 @@ _INTAKE = (
     Seam("vllm.v1.worker.gpu_worker:Worker.sleep", ("level",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.wake_up", ("tags",), "engine/worker.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.get_model", (), "engine/sleeping_head.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.start_weight_update", (), "engine/worker.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.finish_weight_update", (), "engine/worker.py"),
 )
 _RUNNER_V1 = (
     Seam(

@@ -65,12 +65,14 @@ def _worker_over(base: type) -> type:
             return None if self._totals is None else read_totals(self._totals)
 
         def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
-            self.head_is_pushed = False  # whatever became of the push before
+            self.head_is_pushed = False
             super().start_weight_update(*args, **kwargs)
 
-        def start_draft_weight_update(self) -> None:
-            super().start_draft_weight_update()
-            self.head_is_pushed = True
+        if hasattr(base, "start_draft_weight_update"):  # since vLLM 0.26
+
+            def start_draft_weight_update(self) -> None:
+                super().start_draft_weight_update()
+                self.head_is_pushed = True
 
         def finish_weight_update(self) -> None:
             super().finish_weight_update()

@@ -138,7 +138,7 @@ class Trainer:
         Returns:
             The head's state dict, whole and on the CPU; empty on every process but the first.
         Raises:
-            KeyboardInterrupt: after such a signal, with a checkpoint; at once and without one after a second signal.
+            KeyboardInterrupt: after such a signal, with a checkpoint; at once and without one after another, 2 s later.
             TrainingError: the loss or its gradient is not finite, or the GPU's memory does not suffice.
             OSError: a checkpoint cannot be written; earlier ones are untouched.
         """

@@ -82,8 +82,11 @@ def _lines(path: Path) -> Iterator[bytes | Mapping[str, Any]]:
         with path.open("rb") as file:
             yield from file
         return
-    from datasets import load_dataset
-    from pyarrow import ArrowException
+    try:
+        from datasets import load_dataset
+        from pyarrow import ArrowException
+    except ModuleNotFoundError as error:
+        raise DataError(f"{path}: Parquet needs {error.name}, which is not installed: pip install datasets") from None
 
     try:
         # Streamed: what is kept is copied anyway, and a memory-mapped cache on disk would be one copy more.
